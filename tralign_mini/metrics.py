@@ -1,0 +1,188 @@
+"""Numbers that judge a policy: means with intervals, win rates, diversity.
+
+A leaf: numpy, scipy and sacrebleu only. Every interval is a 95 % interval over what is passed in, usually the
+evaluation prompts of one run: it says nothing about other seeds. For seeds, pass one number a run.
+KL is not here: it is `mean_interval` of the log-ratios of a policy's own samples (`generate.sample`,
+`logprobs.completion_logps`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from sacrebleu.metrics import BLEU
+from sacrebleu.metrics.helpers import extract_all_word_ngrams
+from scipy import stats
+
+RESAMPLES = 2000
+TIE = 1e-9  # two rewards this close are equal: sums of the same terms in another order differ by rounding
+
+
+class Interval(NamedTuple):
+    """An estimate and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean of `values` with Student's t interval. One value has no spread: low and high are NaN."""
+    x = _numbers(values, "values")
+    mean = float(x.mean())
+    if x.size == 1:
+        return Interval(mean, float("nan"), float("nan"))
+    half = float(stats.t.ppf(0.975, x.size - 1) * x.std(ddof=1) / np.sqrt(x.size))
+    return Interval(mean, mean - half, mean + half)
+
+
+def win_rate(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Interval:
+    """Share of prompts on which `a` scores higher than `b`; a tie counts half.
+
+    a, b: scores of the same prompts in the same order. The interval is a percentile bootstrap over prompts,
+    except where every prompt has the same outcome: there the bootstrap collapses to a point, and the exact
+    binomial bound (Clopper-Pearson) is given.
+    """
+    a, b = _numbers(a, "a"), _numbers(b, "b")
+    if a.size != b.size:
+        raise ValueError(
+            f"win_rate compares prompt by prompt, but a has {a.size} scores and b has {b.size}. "
+            "Score both policies on the same prompts."
+        )
+    outcomes = _outcomes(a - b)
+    rate = float(outcomes.mean())
+    if np.ptp(outcomes) == 0:
+        return _unanimous(rate, a.size)
+    draws = np.random.default_rng(
+        seed
+    ).multinomial(  # resampling prompts = resampling counts of loss, tie, win
+        a.size, [np.mean(outcomes == outcome) for outcome in (0.0, 0.5, 1.0)], size=RESAMPLES
+    )
+    return _percentiles(rate, draws @ [0.0, 0.5, 1.0] / a.size)
+
+
+def probability_of_improvement(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Interval:
+    """P(A > B) + P(A = B) / 2 for independent draws A and B: Mann-Whitney's U divided by the number of pairs.
+
+    a, b: one score a run (or a prompt), not paired, lengths may differ. Percentile bootstrap that resamples
+    each side on its own; if all pairs agree, the exact binomial bound of min(len(a), len(b)) disjoint pairs.
+    """
+    a, b = _numbers(a, "a"), _numbers(b, "b")
+    outcomes = _outcomes(a[:, None] - b[None, :])
+    value = float(outcomes.mean())
+    if np.ptp(outcomes) == 0:
+        return _unanimous(value, min(a.size, b.size))
+    rng = np.random.default_rng(seed)
+    of_a = rng.multinomial(a.size, np.full(a.size, 1 / a.size), size=RESAMPLES)
+    of_b = rng.multinomial(b.size, np.full(b.size, 1 / b.size), size=RESAMPLES)
+    return _percentiles(value, ((of_a @ outcomes) * of_b).sum(axis=1) / (a.size * b.size))
+
+
+def self_bleu(texts: Sequence[str], n: int = 3, *, max_texts: int = 500, seed: int = 0) -> float:
+    """How alike `texts` are: mean BLEU-n of each against all others, 0 (nothing shared) to 1 (all equal).
+
+    sacrebleu's sentence BLEU (tokenizer 13a, exponential smoothing, effective order), divided by 100; an
+    empty text counts 1 if another one is empty too, else 0. It grows with the number of texts, so compare
+    equal numbers only; of more than `max_texts`, a seeded random subset of that size is taken. n = 3 as in
+    the code of arXiv 2404.09656.
+    """
+    texts = _texts(texts, at_least=2)
+    if n < 1 or max_texts < 2:
+        raise ValueError(f"self_bleu needs n >= 1 and max_texts >= 2, not n={n} and max_texts={max_texts}.")
+    if len(texts) > max_texts:
+        chosen = np.random.default_rng(seed).choice(len(texts), max_texts, replace=False)
+        texts = [texts[i] for i in chosen]
+    tokenize = BLEU().tokenizer
+    counts, lengths = zip(
+        *(extract_all_word_ngrams(tokenize(text.rstrip()), 1, n) for text in texts), strict=True
+    )
+    # The references of a text are all others. For each n-gram the largest and second largest count of any
+    # text give the clip "largest count among the others" without merging all references anew for every text.
+    first, second = Counter(), Counter()
+    for grams in counts:
+        for gram, count in grams.items():
+            second[gram] = max(second[gram], min(count, first[gram]))
+            first[gram] = max(first[gram], count)
+    shared = Counter(lengths)
+    scores = []
+    for grams, length in zip(counts, lengths, strict=True):
+        if length == 0:
+            scores.append(1.0 if shared[0] > 1 else 0.0)
+            continue
+        correct, total = [0] * n, [0] * n
+        for gram, count in grams.items():
+            others = second[gram] if count == first[gram] else first[gram]
+            correct[len(gram) - 1] += min(count, others)
+            total[len(gram) - 1] += count
+        closest = (
+            length
+            if shared[length] > 1
+            else min((m for m in shared if m != length), key=lambda m: (abs(m - length), m))
+        )
+        scores.append(
+            BLEU.compute_bleu(
+                correct, total, length, closest, smooth_method="exp", effective_order=True, max_ngram_order=n
+            ).score
+            / 100
+        )
+    return float(np.mean(scores))
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Different n-grams divided by all n-grams, over all texts (Li et al. 2016); words by tokenizer 13a."""
+    texts = _texts(texts, at_least=1)
+    if n < 1:
+        raise ValueError(f"distinct_n needs n >= 1, not {n}.")
+    tokenize = BLEU().tokenizer
+    grams = Counter()
+    for text in texts:
+        grams += extract_all_word_ngrams(tokenize(text.rstrip()), n, n)[0]
+    if not grams:
+        raise ValueError(
+            f"None of the {len(texts)} texts has {n} words, so there is no {n}-gram to count. "
+            "Choose a smaller n."
+        )
+    return len(grams) / grams.total()
+
+
+def _outcomes(difference: np.ndarray) -> np.ndarray:
+    return np.where(np.abs(difference) <= TIE, 0.5, (difference > 0).astype(float))
+
+
+def _unanimous(value: float, n: int) -> Interval:
+    """All n outcomes equal `value`: each with probability p or more, 0.025 = p ** n; the rest is free."""
+    p = 0.025 ** (1 / n)
+    return Interval(value, value * p, value * p + 1 - p)
+
+
+def _percentiles(value: float, draws: np.ndarray) -> Interval:
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Interval(value, float(low), float(high))
+
+
+def _numbers(values: Sequence[float], name: str) -> np.ndarray:
+    x = np.asarray(values, dtype=float)
+    if x.ndim != 1 or x.size == 0:
+        raise ValueError(f"{name} has shape {x.shape}: pass a flat list with at least one number.")
+    bad = np.flatnonzero(~np.isfinite(x))
+    if bad.size:
+        raise ValueError(
+            f"{name} holds {bad.size} value(s) that are not finite, the first at index {bad[0]} "
+            f"({x[bad[0]]}). Drop or repair them first: an average over them means nothing."
+        )
+    return x
+
+
+def _texts(texts: Sequence[str], at_least: int) -> list[str]:
+    if isinstance(texts, str):
+        raise ValueError("texts is a single string: pass a list of strings.")
+    texts = list(texts)
+    wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise ValueError(f"texts[{wrong}] is {type(texts[wrong]).__name__}, not a string.")
+    if len(texts) < at_least:
+        raise ValueError(f"Diversity needs at least {at_least} text(s); {len(texts)} given.")
+    return texts
