@@ -10,7 +10,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 VOCAB = 64
@@ -106,3 +110,46 @@ def assert_close(one: list[dict], other: list[dict], tolerance: float = 1e-5) ->
         for key, value in left.items():
             assert right[key] == (value if value is None else pytest.approx(value, abs=tolerance, rel=tolerance)), \
                 (left["step"], key)
+
+
+def random_rows(method: str, count: int = 24, prompts: int | None = None, seed: int = 0) -> list[dict]:
+    """Tokenized rows as `prepare` makes them; `prompts`: how many different prompts (default: one a row)."""
+    rng = random.Random(seed)
+
+    def ids(least, most):
+        return [rng.randint(3, VOCAB - 1) for _ in range(rng.randint(least, most))]
+
+    beginnings = [[3 + i, *ids(1, 6)] for i in range(prompts or count)]
+    if method in ("kto", "sft"):
+        rows = [{"prompt_ids": rng.choice(beginnings) if prompts else beginnings[i],
+                 "completion_ids": [*ids(1, 6), EOS]} for i in range(count)]
+        return [row | {"label": rng.random() < 0.4} for row in rows] if method == "kto" else rows
+    return [{"prompt_ids": beginnings[i % len(beginnings)], "chosen_ids": [*ids(1, 6), EOS],
+             "rejected_ids": [*ids(1, 6), EOS]} for i in range(count)]
+
+
+def make_trainer(directory: Path, *, policy=None, reference=None, rows=None, evaluate=None, **settings):
+    """An `AlignmentTrainer` on a tiny GPT-NeoX in memory, batches of 8; `reference` defaults to its copy."""
+    from tralign_mini.recipe import Recipe
+    from tralign_mini.reference import FrozenReference
+    from tralign_mini.train import AlignmentTrainer
+
+    defaults = {"model": "none", "data": "none", "batch_size": 8, "max_steps": 4, "learning_rate": 1e-3}
+    recipe = Recipe(**defaults | settings)
+    policy = tiny_neox().train() if policy is None else policy
+    if reference is None and recipe.method not in ("sft", "orpo", "simpo"):
+        reference = policy
+    rows = random_rows(recipe.method) if rows is None else rows
+    frozen = None if reference is None else FrozenReference(reference)
+    return AlignmentTrainer(policy, frozen, rows, recipe, tiny_tokenizer(), directory, evaluate=evaluate)
+
+
+def logps_by_hand(model, sequences: list) -> torch.Tensor:
+    """log p(completion | prompt), one sequence at a time, from the definition."""
+    out = []
+    for prompt, completion in sequences:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *completion]])).logits[0].double()
+        tokens = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(-1, torch.tensor(completion)[:, None])
+        out.append(tokens.sum())
+    return torch.stack(out)

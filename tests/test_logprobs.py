@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-
 from helpers import EOS, PAD, VOCAB, tiny_llama, tiny_neox, tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from tralign_mini.logprobs import CompletionScorer, completion_logps
 
 BUILDERS = [tiny_neox, tiny_llama]

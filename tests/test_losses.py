@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-
 from helpers import tiny_neox, tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from tralign_mini.logprobs import completion_logps
 from tralign_mini.losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
 

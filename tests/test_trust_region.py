@@ -7,10 +7,11 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from helpers import tiny_llama, tiny_neox
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from helpers import tiny_llama, tiny_neox
 from tralign_mini.trust_region import TrustRegion, update_reference
 
 

@@ -117,7 +117,7 @@ def add_copy(policy: PeftModel, layers: dict[str, LoraLayer], adapter: str, rank
     exactly = "|".join(map(re.escape, layers))
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=exactly, inference_mode=True)
     # PEFT draws A at random. A run must not draw other numbers because there is a reference beside it
-    with restored(policy), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         policy.add_adapter(adapter, config)
     for layer in layers.values():
         for factor in (layer.lora_A[adapter], layer.lora_B[adapter]):

@@ -1,0 +1,228 @@
+"""The command line as a user meets it: what works, and one clear message with exit code 2 for all that cannot."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+
+import pytest
+from helpers import tiny_neox, tiny_tokenizer
+from rich.console import Console
+
+from tralign_mini import chat, cli
+
+LONG = "w3 " * 130
+
+
+def tralign(monkeypatch, capsys, *arguments):
+    """Run `tralign arguments...` in this process: exit code, what it printed, and its error message on one line."""
+    monkeypatch.setattr(sys, "argv", ["tralign", *map(str, arguments)])
+    monkeypatch.setattr(cli, "console", Console(width=300))
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as exit:
+        code = exit.code
+    output = capsys.readouterr()
+    return code, output.out, re.sub(r"[\s│]+", " ", output.err)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model, pairs, a recipe, a finished run, and many bad files."""
+    root = tmp_path_factory.mktemp("place")
+    tiny_neox().save_pretrained(root / "model")
+    tiny_tokenizer().save_pretrained(root / "model")
+    no_eos = tiny_tokenizer()
+    no_eos.eos_token = None
+    tiny_neox().save_pretrained(root / "no-eos")
+    no_eos.save_pretrained(root / "no-eos")
+    pairs = [
+        {"prompt": f"w{3 + i} w{4 + i}", "chosen": " w5 w6", "rejected": f" w7 w{8 + i}"} for i in range(40)
+    ]
+    files = {
+        "pairs.jsonl": pairs,
+        "same.jsonl": [pair | {"rejected": pair["chosen"]} for pair in pairs],
+        "blank.jsonl": [pair | {"chosen": "  "} for pair in pairs],
+        "column.jsonl": [*pairs, {"prompt": "w3", "chosen": "w4"}],
+        "number.jsonl": [*pairs, {"prompt": "w3", "chosen": 4, "rejected": "w5"}],
+        "label.jsonl": [{"prompt": "w3", "completion": "w4", "label": "good"}],
+        "unpaired.jsonl": [{"prompt": f"w{i}", "completion": "w4", "label": True} for i in range(3, 60)],
+        "single.jsonl": [
+            {"prompt": f"w{3 + i // 20}", "chosen": " w5", "rejected": f" w{6 + i}"} for i in range(40)
+        ],
+        "long.jsonl": [pair | {"prompt": LONG} for pair in pairs[:1]] + pairs,
+    }
+    for name, rows in files.items():
+        (root / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "empty.jsonl").write_text("")
+    (root / "broken.jsonl").write_text(json.dumps(pairs[0]) + "\nprompt: w3\n")
+    (root / "pairs.xlsx").write_text("no")
+    (root / "broken.yaml").write_text("model: [")
+    (root / "list.yaml").write_text("- model\n")
+    settings = {"model": str(root / "model"), "data": str(root / "pairs.jsonl"), "batch_size": 8, "max_steps": 3,
+                "max_prompt_tokens": 100, "max_completion_tokens": 12, "eval_steps": 3, "eval_prompts": 3,
+                "learning_rate": 1e-3}  # fmt: skip
+    (root / "recipe.yaml").write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(place):
+    """A finished run of three steps with a moving reference."""
+    import tralign_mini as tr
+
+    return tr.train(place / "recipe.yaml", reference="soft", tau=1, output=place / "run")
+
+
+BAD = [
+    # the recipe and its settings
+    (["train", "little-tdlr"], ["little-tdlr", "did you mean 'little-tldr'"]),
+    (["train", "{place}/none.yaml"], ["none.yaml", "no such file"]),
+    (["train", "{place}/broken.yaml"], ["broken.yaml", "not readable as YAML"]),
+    (["train", "{place}/list.yaml"], ["key: value"]),
+    (["train", "R", "alhpa=0.5"], ["no setting 'alhpa'", "did you mean 'alpha'"]),
+    (["train", "R", "lr=1e-4"], ["no setting 'lr'", "did you mean 'learning_rate'"]),
+    (["train", "R", "alpha"], ["not key=value"]),
+    (["train", "R", "alpha=0.5", "alpha=0.6"], ["alpha is given twice"]),
+    (["train", "R", "reference=soft", "alpha=0"], ["alpha=0", "greater than 0"]),
+    (["train", "R", "reference=soft", "alpha=1.5"], ["alpha=1.5", "less than or equal to 1"]),
+    (["train", "R", "reference=soft", "alpha=.nan"], ["alpha=nan"]),
+    (["train", "R", "reference=soft", "tau=0"], ["tau=0"]),
+    (["train", "R", "reference=soft", "tau=1.5"], ["tau=1.5"]),
+    (["train", "R", "beta=0"], ["beta=0"]),
+    (["train", "R", "beta=warm"], ["beta=warm", "number"]),
+    (["train", "R", "method=dop"], ["method=dop", "did you mean 'dpo'"]),
+    (["train", "R", "reference=moving"], ["reference=moving", "fixed, soft, hard"]),
+    (["train", "R", "reference=hard", "tau=2", "alpha=0.5"], ["reference=hard copies the policy", "reference=soft"]),
+    (["train", "R", "reference=hard"], ["reference=hard needs tau"]),
+    (["train", "R", "method=simpo", "reference=soft"], ["simpo has no reference"]),
+    (["train", "R", "method=simpo", "logps=sum"], ["logps=sum"]),
+    (["train", "R", "tuning=4bit"], ["tuning=4bit", "full, lora, qlora"]),
+    (["train", "R", "micro_batch_size=3"], ["micro_batch_size=3 does not divide"]),
+    (["train", "R", "max_steps=0"], ["max_steps=0"]),
+    (["train", "R", "method=kto", "batch_size=1"], ["batch_size=1", "another prompt"]),
+    (["train", "R", "seed=-1"], ["seed=-1"]),
+    # the data
+    (["train", "R", "data={place}/none.jsonl"], ["no file", "none.jsonl"]),
+    (["train", "R", "data=little-hhh"], ["little-hhh", "did you mean 'little-hh'"]),
+    (["train", "R", "data=someone/pairs"], ["someone/pairs", "on the Hub", "local file"]),
+    (["train", "R", "data={place}/pairs.xlsx"], ["pairs.xlsx", ".jsonl"]),
+    (["train", "R", "data={place}/empty.jsonl"], ["empty.jsonl is empty"]),
+    (["train", "R", "data={place}/broken.jsonl"], ["broken.jsonl, row 2", "not valid JSON"]),
+    (["train", "R", "data={place}/column.jsonl"], ["column.jsonl, row 41", "rejected"]),
+    (["train", "R", "data={place}/number.jsonl"], ["number.jsonl, row 41", "chosen is int 4"]),
+    (["train", "R", "data={place}/label.jsonl", "method=kto"], ["label.jsonl, row 1", "expected true"]),
+    (["train", "R", "data={place}/unpaired.jsonl"], ["method=kto"]),
+    (["train", "R", "data={place}/same.jsonl"], ["identical pair"]),
+    (["train", "R", "data={place}/blank.jsonl"], ["empty answer"]),
+    (["train", "R", "data={place}/single.jsonl", "method=kto"], ["single prompt", "z0"]),
+    (["train", "R", "train_pairs=900"], ["train_pairs=900", "has only"]),
+    (["train", "R", "batch_size=64"], ["less than one batch"]),
+    (["train", "R", "data={place}/long.jsonl", "max_completion_tokens=60"], ["128 positions", "max_prompt_tokens"]),
+    # the model
+    (["train", "R", "model={place}/none"], ["none", "save_pretrained"]),
+    (["train", "R", "model=someone/model"], ["someone/model", "on the Hugging Face Hub"]),
+    (["train", "R", "model={place}/no-eos"], ["no end-of-sequence token"]),
+    # runs
+    (["train", "R", "output={place}/run"], ["already holds a run", "resume=true"]),
+    (["train", "R", "output={place}/run", "resume=true", "beta=0.3"], ["other settings", "beta: 0.05 then, 0.3 now"]),
+    (["evaluate", "{place}/model"], ["model is not a run's directory"]),
+    (["evaluate", "{place}/run", "--prompts", "0"], ["eval_prompts=0"]),
+    (["compare", "{place}/run", "{place}/none"], ["none"]),
+    (["chat", "{place}"], ["no whole checkpoint"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments, expected", BAD, ids=[" ".join(a).replace("{place}/", "") for a, _ in BAD]
+)
+def test_bad_input_gets_one_message_and_exit_code_2(
+    place, run, monkeypatch, capsys, tmp_path, arguments, expected
+):
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    arguments = [argument.replace("{place}", str(place)) for argument in arguments]
+    if "R" in arguments:
+        arguments[arguments.index("R")] = str(place / "recipe.yaml")
+    code, _, message = tralign(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "Traceback" not in message and message.count("error:") == 1
+    for part in expected:
+        assert part in message, message
+    assert {
+        path: path.stat().st_mtime_ns for path in place.rglob("*")
+    } == before  # nothing was lost or written
+    assert not list(tmp_path.rglob("recipe.yaml"))  # and no half run was begun
+
+
+def test_train_prints_the_plan_and_writes_the_run(place, monkeypatch, capsys, tmp_path):
+    code, out, _ = tralign(monkeypatch, capsys, "train", place / "recipe.yaml", "reference=hard", "tau=3",
+                           f"output={tmp_path / 'run'}")  # fmt: skip
+    assert code == 0
+    assert "copies the policy, every 3 steps" in out
+    assert "WARNING" in out and "moves only after the last step" in out
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["reference_updates"] for row in rows] == [0, 0, 1]
+    assert (tmp_path / "run" / "report.md").exists()
+
+
+def test_evaluate_samples_again_with_the_asked_number_of_prompts(run, monkeypatch, capsys):
+    code, out, _ = tralign(monkeypatch, capsys, "evaluate", run.directory, "--prompts", 2, "--seed", 7)
+    assert code == 0 and "report.md" in out
+    assert len((run.directory / "samples.jsonl").read_text().splitlines()) == 2
+
+
+def test_compare_writes_a_page_with_every_run(run, monkeypatch, capsys, tmp_path):
+    code, out, _ = tralign(monkeypatch, capsys, "compare", run.directory, "--output", tmp_path / "page")
+    assert code == 0
+    assert "soft" in out and "soft" in (tmp_path / "page" / "comparison.md").read_text()
+
+
+def test_chat_shows_three_answers_and_the_log_ratio(run, monkeypatch):
+    lines = iter(["w5 w6", "example", ""])
+    console = Console(file=io.StringIO(), width=130)
+    monkeypatch.setattr(console, "input", lambda prompt: next(lines))
+    chat.converse(run.directory, 1.0, console)
+    shown = console.file.getvalue()
+    for who in ("initial", "policy", "reference"):
+        assert shown.count(f"{who} (") == 2  # one panel for each of the two prompts
+    assert shown.count("nats") == 6
+
+
+def test_answers_of_equal_models_are_equal_and_have_ratio_zero(place):
+    """Before the first step initial policy, policy and reference are one and the same."""
+    import tralign_mini as tr
+
+    run = tr.train(place / "recipe.yaml", learning_rate=1e-30, output=place / "unmoved")
+    answers = chat.answer(run, "w5 w6", seed=3)
+    assert len({text for text, _ in answers.values()}) == 1
+    assert {ratio for _, ratio in answers.values()} <= {"+0.0 nats", "-0.0 nats"}
+
+
+def test_doctor_names_versions_device_and_what_would_fail(monkeypatch, capsys):
+    import torch
+    import transformers
+
+    from tralign_mini import doctor
+
+    installed = doctor._version
+    monkeypatch.setattr(
+        doctor, "_version", lambda package: None if package == "bitsandbytes" else installed(package)
+    )
+    code, out, _ = tralign(monkeypatch, capsys, "doctor")
+    assert code == 0
+    assert torch.__version__.split("+")[0] in out and transformers.__version__ in out
+    assert "tuning=qlora needs bitsandbytes" in out
+    if not torch.cuda.is_available():
+        assert "float32" in out and "no GPU" in out
+
+
+def test_help_names_every_command(monkeypatch, capsys):
+    code, out, _ = tralign(monkeypatch, capsys, "--help")
+    assert code == 0
+    for command in ("demo", "train", "evaluate", "compare", "chat", "doctor"):
+        assert command in out

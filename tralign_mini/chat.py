@@ -1,0 +1,89 @@
+"""`tralign chat RUN`: type a prompt, and the initial policy, the trained one and its reference answer side by side."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from .evaluate import initial_policy, sequence_logps
+from .generate import sample
+from .runs import Run
+
+QUIT = {"", "quit", "exit", "/quit", "/exit"}
+
+
+def converse(directory: Path, temperature: float, console: Console) -> None:
+    """Read prompts from the console until an empty line; `example` takes a held-out prompt of the run."""
+    run = Run(directory)
+    examples = iter(run.held_out_prompts())
+    run.policy.eval()  # loads it before the first question
+    console.print("A prompt (\\n for a new line), 'example' for a held-out one, or an empty line to leave.")
+    seed = 0
+    while (typed := _ask(console)) not in QUIT:
+        prompt = next(examples, None) if typed == "example" else typed.replace("\\n", "\n")
+        if prompt is None:
+            console.print("no more held-out prompts")
+            continue
+        if typed == "example":
+            console.print(Text(_shown(prompt), style="dim"))
+        answers = answer(run, _as_messages(run, prompt), temperature=temperature, seed=seed)
+        panels = [
+            Panel(Text(text.strip()), title=f"{who} ({ratio})", width=38)
+            for who, (text, ratio) in answers.items()
+        ]
+        console.print(Columns(panels))
+        seed += 1
+
+
+def answer(run: Run, prompt, *, temperature: float = 1.0, seed: int = 0) -> dict[str, tuple[str, str]]:
+    """The answer of each model, and how much likelier the policy makes it than the initial policy (log-ratio, nats)."""
+    recipe, pad = run.recipe, run.tokenizer.pad_token_id
+    models = {"initial": initial_policy(run.policy, recipe), "policy": nullcontext(run.policy)}
+    if run.reference is not None:
+        models["reference"] = run.reference.using()
+    drawn = {}
+    for who, context in models.items():
+        with context as model:
+            drawn[who] = sample(
+                model,
+                run.tokenizer,
+                [prompt],
+                max_completion_tokens=recipe.max_completion_tokens,
+                max_prompt_tokens=recipe.max_prompt_tokens,
+                temperature=temperature,
+                seed=seed,
+            )
+    sequences = [samples.sequences[0] for samples in drawn.values()]
+    ratios = sequence_logps(run.policy, sequences, pad)
+    with initial_policy(run.policy, recipe) as initial:
+        ratios = ratios - sequence_logps(initial, sequences, pad)
+    return {
+        who: (samples.texts[0], f"{ratio:+.1f} nats")
+        for (who, samples), ratio in zip(drawn.items(), ratios.tolist())
+    }
+
+
+def _ask(console: Console) -> str:
+    try:
+        return console.input("[bold]> [/]").strip()
+    except EOFError:
+        return ""
+
+
+def _as_messages(run: Run, prompt):
+    """A typed line becomes a chat turn when the run was trained on chat messages."""
+    chat = isinstance(run.held_out_prompts(1)[0], list)
+    return [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
+
+
+def _shown(prompt) -> str:
+    return (
+        prompt
+        if isinstance(prompt, str)
+        else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    )

@@ -1,0 +1,127 @@
+"""What a run needs in order to go on as if it had never stopped: policy, reference, their proof, and which is whole.
+
+`Trainer` keeps optimizer, scheduler and random states. It does not keep the reference, and its own way back loads raw
+keys non-strictly: transformers saves GPT-NeoX's `lm_head` as `embed_out`, so the head would silently stay at its
+initial value. Here weights come back through `from_pretrained`'s key mapping and have to match a hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+SEAL = "tralign.json"  # written last: a checkpoint folder without it was cut off while it was being written
+DAMAGED = "The folder was changed or damaged: delete it to resume from the checkpoint before, or start the run again."
+
+
+@contextmanager
+def quietly():
+    """No progress bars of transformers: saving and loading every few steps would tear the run's own bar apart."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def weight_hash(policy: torch.nn.Module) -> str:
+    """SHA-256 over names and bytes of what training changes: the adapter `default`, or all parameters."""
+    adapted = isinstance(policy, PeftModel)
+    digest = hashlib.sha256()
+    for name, parameter in sorted(policy.named_parameters()):
+        if not adapted or ".default." in name:
+            digest.update(name.encode() + _bytes(parameter))
+    return digest.hexdigest()
+
+
+def start_hash(policy: torch.nn.Module) -> str:
+    """SHA-256 of what a run begins from: the weights that training changes, and the frozen ones beside them.
+
+    Of a frozen tensor some 4096 numbers count, evenly spaced: another model differs there, too, and a large base is
+    not read in full.
+    """
+    digest = hashlib.sha256(weight_hash(policy).encode())
+    for name, parameter in sorted(policy.named_parameters()):
+        if not parameter.requires_grad:
+            digest.update(name.encode() + _bytes(parameter.flatten()[:: max(1, parameter.numel() // 4096)]))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def save_policy(policy: torch.nn.Module, folder: Path) -> None:
+    """Write the policy as an ordinary model folder, or as a PEFT folder with the adapter `default` alone."""
+    with quietly():
+        if isinstance(policy, PeftModel):
+            policy.save_pretrained(folder, selected_adapters=["default"])
+        else:
+            policy.save_pretrained(folder)
+
+
+def restore_policy(policy: torch.nn.Module, folder: Path) -> None:
+    """Load a checkpoint's weights into `policy`, in place; every key must fit and the hash must be the stored one."""
+    folder = Path(folder)
+    try:
+        _load_weights(policy, folder)
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: its weights cannot be read ({error}). {DAMAGED}") from error
+    if weight_hash(policy) != read_seal(folder)["weights"]:
+        raise ValueError(f"{folder}: the weights that came back are not those that were saved (their hash differs). {DAMAGED}")
+
+
+def _load_weights(policy: torch.nn.Module, folder: Path) -> None:
+    if isinstance(policy, PeftModel):
+        result = set_peft_model_state_dict(policy, load_peft_weights(str(folder), device="cpu"), adapter_name="default")
+        missing = [key for key in result.missing_keys if ".default." in key]
+        _refuse_mismatch(folder, missing, list(result.unexpected_keys))
+    else:
+        with quietly():
+            loaded, info = type(policy).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        _refuse_mismatch(folder, list(info["missing_keys"]), list(info["unexpected_keys"]))
+        policy.load_state_dict(loaded.state_dict())
+
+
+def _refuse_mismatch(folder: Path, missing: list[str], unexpected: list[str]) -> None:
+    if missing or unexpected:
+        raise ValueError(
+            f"{folder} does not fit this model: missing {missing[:3]}, unexpected {unexpected[:3]}. "
+            "It was made by another model or another version; it cannot be resumed."
+        )
+
+
+def write_seal(folder: Path, content: dict) -> None:
+    """Mark a checkpoint as whole, atomically."""
+    scratch = Path(folder) / (SEAL + ".tmp")
+    scratch.write_text(json.dumps(content, indent=1))
+    os.replace(scratch, Path(folder) / SEAL)
+
+
+def read_seal(folder: Path) -> dict:
+    """What `write_seal` stored: step, weight hashes of the policy and of its start, processes."""
+    return json.loads((Path(folder) / SEAL).read_text())
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first; folders that were cut off while being written are left out."""
+    found = Path(directory, "checkpoints").glob("checkpoint-*")
+    return sorted((f for f in found if (f / SEAL).is_file()), key=lambda folder: int(folder.name.split("-")[1]))
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Delete checkpoints that were cut off: `Trainer` would count them among those it keeps, and delete a whole one."""
+    for folder in Path(directory, "checkpoints").glob("checkpoint-*"):
+        if not (folder / SEAL).is_file():
+            shutil.rmtree(folder)

@@ -1,0 +1,105 @@
+"""`tralign doctor`: what is installed, what this machine would use, and what would fail, before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import NamedTuple
+
+NEEDED = ("torch", "transformers", "peft", "datasets", "accelerate")
+OPTIONAL = {
+    "bitsandbytes": "tuning=qlora",
+    "tensorboard": "tensorboard=true",
+    "ipywidgets": "the notebooks' sliders",
+}
+
+
+class Findings(NamedTuple):
+    """facts: what was seen, by name; problems: what would fail or surprise, with what to do about it."""
+
+    facts: dict[str, str]
+    problems: list[str]
+
+
+def examine() -> Findings:
+    """Look at Python, packages, device, precision, memory and the embedded data. Loads torch, but no model."""
+    import torch
+
+    from .worlds import WORLDS, data_directory
+
+    facts, problems = {"python": f"{platform.python_version()} on {platform.system()}"}, []
+    for package in (*NEEDED, *OPTIONAL):
+        facts[package] = _version(package) or "not installed"
+        if facts[package] == "not installed":
+            problems.append(f"{OPTIONAL.get(package, 'everything')} needs {package}: pip install {package}")
+    if find_spec("kernels") is not None:
+        problems.append(
+            "the package `kernels` is installed: bitsandbytes then fetches a CPU kernel from the Hub. Remove it"
+        )
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        name = torch.cuda.get_device_properties(0).name
+        facts["device"] = (
+            f"{torch.cuda.device_count()} x {name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+        )
+        bf16 = torch.cuda.is_bf16_supported()
+        facts["dtype=auto"] = "bfloat16 autocast over float32 weights" if bf16 else "float32"
+        if not bf16:
+            problems.append(
+                "this GPU has no bfloat16: dtype=bfloat16 would fail or crawl; dtype=auto takes float32"
+            )
+        if torch.cuda.device_count() > 1:
+            problems.append(
+                "one process uses one GPU only; for all of them: torchrun --nproc-per-node=<GPUs> -m tralign_mini.cli train ..."
+            )
+    else:
+        facts["device"] = f"CPU, {torch.get_num_threads()} threads"
+        facts["dtype=auto"] = "float32"
+        problems.append(
+            "no GPU: the embedded worlds run well here; models over about 200 M parameters would take hours"
+        )
+        if os.cpu_count() and torch.get_num_threads() > os.cpu_count():
+            problems.append(
+                f"{torch.get_num_threads()} threads on {os.cpu_count()} cores: set OMP_NUM_THREADS={os.cpu_count()}"
+            )
+    facts["memory"] = _memory()
+
+    offline = any(
+        os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
+    facts["hub"] = "offline (HF_HUB_OFFLINE)" if offline else "asked only for models and data with a Hub name"
+    for world in WORLDS:
+        try:
+            folder = data_directory(world)
+            missing = [
+                name for name in ("model", "train.jsonl.gz", "test.jsonl.gz") if not (folder / name).exists()
+            ]
+            facts[world] = str(folder)
+            if missing:
+                problems.append(
+                    f"{world}: {', '.join(missing)} missing in {folder}; install the package again"
+                )
+        except FileNotFoundError as error:
+            problems.append(str(error))
+    return Findings(facts, problems)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _memory() -> str:
+    try:
+        page, pages, free = (
+            os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES")
+        )
+    except (ValueError, OSError, AttributeError):  # macOS has no SC_AVPHYS_PAGES, Windows no sysconf
+        return "unknown"
+    return f"{page * free / 2**30:.1f} of {page * pages / 2**30:.1f} GiB free"

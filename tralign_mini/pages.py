@@ -1,0 +1,116 @@
+"""What reports are made of: figures saved and linked, tables, samples side by side, escaped text."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from . import plots
+from .metrics import Interval
+from .plot_style import png
+from .record import Record
+
+SHOWN_PROMPTS, SHOWN_CHARACTERS = 5, 1500
+CAVEAT = "Intervals (95 %) cover the prompts only, not the seeds."
+NO_GOLD = (
+    "These data have no gold reward, so true quality was not measured: neither reward accuracy nor KL is "
+    "quality."
+)
+CAPTIONS = {
+    "gold": "Mean gold reward at the end, with 95 % intervals over the prompts",
+    "win_rate": "Win rate against the initial policy, with 95 % intervals over the prompts",
+    "training": "Training curves",
+    "kl": "KL to the initial policy and to the reference, on the policy's own samples",
+    "gold_over_steps": "Gold reward over the steps",
+    "overoptimization": "Gold reward against the distance from the initial policy",
+}
+
+
+def curve_figures(history: pd.DataFrame, initial_gold: float) -> dict[str, Figure]:
+    """The figures over steps and over KL for which something was measured."""
+    measured = {
+        name for name in ("kl/initial", "gold/reward") if history.get(name, pd.Series()).notna().any()
+    }
+    initial_gold = None if np.isnan(initial_gold) else initial_gold
+    figures = {}
+    if "kl/initial" in measured:
+        figures["kl"] = plots.kl_curves(history)
+    if "gold/reward" in measured:
+        figures["gold_over_steps"] = plots.gold_curves(history, initial_gold)
+    if len(measured) == 2:
+        figures["overoptimization"] = plots.overoptimization(history, initial_gold)
+    return figures
+
+
+def save_figures(figures: dict[str, Figure], folder: Path) -> list[str]:
+    """Write figures/<name>.png; returns the links to them."""
+    (folder / "figures").mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        (folder / "figures" / f"{name}.png").write_bytes(png(figure))
+    return [f"![{CAPTIONS[name]}](figures/{name}.png)" for name in figures]
+
+
+def side_by_side(columns: Mapping[str, tuple[str, Record]]) -> list[str]:
+    """The first prompts, and under each what every one of `columns` answered, with its gold reward."""
+    _, record = next(iter(columns.values()))
+    text = []
+    for i, row in enumerate(record.samples[:SHOWN_PROMPTS]):
+        prompt = row["prompt"]
+        if not isinstance(prompt, str):
+            prompt = "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+        if len(prompt) > SHOWN_CHARACTERS:  # what is answered stands at the end
+            prompt = "[…] " + prompt[-SHOWN_CHARACTERS:]
+        ticks = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", prompt))])
+        answers = []
+        for who, of in columns.values():
+            sample = of.samples[i]
+            gold = f"**{sample[f'gold_{who}']:.2f}** " if f"gold_{who}" in sample else ""
+            answers.append(gold + (escape(_shortened(sample[who])) or "*(empty)*"))
+        text += [
+            f"### Prompt {i + 1}",
+            f"{ticks}text\n{prompt.strip()}\n{ticks}",
+            markdown_table([escape(name) for name in columns], [answers]),
+        ]
+    return text
+
+
+def _shortened(text: str) -> str:
+    return text.strip() if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS].strip() + " […]"
+
+
+def escape(text: str) -> str:
+    """Any text as one line of markdown that shows it as it is, inside and outside of tables."""
+    text = re.sub(r"([\\`*_~|\[\]#$])", r"\\\1", html.escape(text, quote=False))
+    return "<br>".join(text.splitlines())
+
+
+def markdown_table(header: list[str], rows: Iterable) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def flat(report: Mapping, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested counts as rows of a table: dropped: {empty: 3} becomes "dropped: empty"."""
+    rows = []
+    for key, value in report.items():
+        name = prefix + str(key).replace("_", " ")
+        if isinstance(value, Mapping):
+            rows += flat(value, f"{name}: ") or [(name, "none")]
+        else:
+            rows.append((escape(name), f"{value:.1f}" if isinstance(value, float) else escape(str(value))))
+    return rows
+
+
+def number(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.2f}"
+
+
+def interval_text(interval: Interval) -> str:
+    value, low, high = interval
+    return number(value) + ("" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]")

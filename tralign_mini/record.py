@@ -1,0 +1,145 @@
+"""A finished or stopped run as the files in its directory tell it; no model is loaded, nothing is sampled."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .metrics import Interval, mean_interval, self_bleu, win_rate
+from .plan import WITHOUT_REFERENCE
+from .recipe import Recipe
+
+UNKNOWN = Interval(np.nan, np.nan, np.nan)
+
+
+@dataclass(frozen=True)
+class Record:
+    """recipe.yaml, metrics.jsonl, samples.jsonl and data_report.json of one run."""
+
+    directory: Path
+    recipe: dict
+    history: pd.DataFrame  # a row for each optimizer step
+    samples: list[dict]  # a row for each evaluation prompt; empty if the run did not get that far
+    data_report: dict
+
+    @property
+    def kind(self) -> str:
+        """Its reference: "fixed", "soft", "hard", or "none"; "initial" for SFT: it makes initial policies."""
+        method = self.recipe["method"]
+        if method in WITHOUT_REFERENCE:
+            return "initial" if method == "sft" else "none"
+        return self.recipe["reference"]
+
+    @property
+    def moves(self) -> bool:
+        """Whether the recipe has a moving reference."""
+        return self.kind in ("soft", "hard")
+
+    @property
+    def method(self) -> str:
+        """The method's name, as TR-DPO."""
+        return ("TR-" if self.moves else "") + self.recipe["method"].upper()
+
+    @property
+    def steps(self) -> int:
+        return int(self.last("step"))
+
+    @property
+    def updates(self) -> int:
+        """How often the reference has moved."""
+        return int(self.last("reference_updates", 0))
+
+    def last(self, column: str, default: float = np.nan) -> float:
+        """The last measured value of a column."""
+        values = self.history[column].dropna() if column in self.history else ()
+        return float(values.iloc[-1]) if len(values) else default
+
+    def accuracy(self) -> float:
+        """Reward accuracy on the training pairs, mean over the last tenth of the steps."""
+        values = self.history.get("rewards/accuracy", pd.Series(dtype=float)).dropna().astype(float)
+        return float(values.tail(max(len(values) // 10, 1)).mean())
+
+    def column(self, name: str) -> list:
+        """One column of the samples; empty if they have none."""
+        return [row[name] for row in self.samples if name in row]
+
+    def numbers(self, who: str) -> dict[str, float]:
+        """gold, low, high, self_bleu, length (words) of "initial" or "policy"; NaN: not measured."""
+        gold, texts = self.column(f"gold_{who}"), self.column(who)
+        value, low, high = mean_interval(gold) if gold else UNKNOWN
+        return {
+            "gold": value,
+            "low": low,
+            "high": high,
+            "self_bleu": self_bleu(texts) if len(texts) > 1 else np.nan,
+            "length": float(np.mean([len(text.split()) for text in texts])) if texts else np.nan,
+        }
+
+    def gain(self) -> Interval:
+        """Gold reward of the policy minus that of the initial policy, prompt by prompt."""
+        pairs = zip(self.column("gold_policy"), self.column("gold_initial"), strict=True)
+        differences = [policy - initial for policy, initial in pairs]
+        return mean_interval(differences) if differences else UNKNOWN
+
+    def against_initial(self) -> Interval:
+        """Win rate of the policy against the initial policy by gold reward, prompt by prompt."""
+        gold = self.column("gold_policy")
+        return win_rate(gold, self.column("gold_initial")) if gold else UNKNOWN
+
+    def warnings(self) -> list[str]:
+        """What has to be known before any number is read."""
+        found = []
+        if self.moves and self.updates < 2:
+            times = "never moved" if self.updates == 0 else "moved only once"
+            found.append(
+                f"The reference {times} in {self.steps} steps (tau={self.recipe['tau']}): this is nearly "
+                f"plain {self.recipe['method'].upper()} and says little or nothing about a moving reference."
+            )
+        if not self.samples:
+            found.append("There is no samples.jsonl: the run was stopped before its end, or never evaluated.")
+        return found
+
+
+def read(run) -> Record:
+    """The files of a run: its directory, or an object with `.directory`. ValueError if it is none."""
+    directory = Path(getattr(run, "directory", run))
+    if not directory.is_dir():
+        raise ValueError(
+            f"{directory} is not there. Give the directory of a run, the `output` of its recipe."
+        )
+    missing = [name for name in ("recipe.yaml", "metrics.jsonl") if not (directory / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{directory} is not the directory of a run: it has no {' and no '.join(missing)}. Give the "
+            "`output` of a recipe; a run that has just started has no metrics.jsonl yet."
+        )
+    history = _json_lines(directory / "metrics.jsonl")
+    if not history:
+        raise ValueError(f"{directory / 'metrics.jsonl'} is empty: the run has not finished its first step.")
+    samples, data_report = directory / "samples.jsonl", directory / "data_report.json"
+    return Record(
+        directory,
+        Recipe.load(directory).model_dump(),
+        pd.DataFrame(history),
+        _json_lines(samples) if samples.is_file() else [],
+        json.loads(data_report.read_text(encoding="utf-8")) if data_report.is_file() else {},
+    )
+
+
+def _json_lines(path: Path) -> list[dict]:
+    """One object a line; a last line without its newline was cut off by a kill and does not count."""
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number} is not JSON ({error.msg}): the file was damaged after the run. "
+                "Restore it, or delete it and resume the run."
+            ) from None
+    return rows

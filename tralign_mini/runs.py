@@ -1,0 +1,237 @@
+"""A run: from a recipe to a directory that holds everything of it, and back from the directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from accelerate import PartialState
+
+from .checkpoint import checkpoints, remove_unfinished, restore_policy
+from .data import NAMES, load_dataset, prepare
+from .evaluate import Evaluator, write_samples
+from .models import load_policy, load_tokenizer
+from .recipe import WITHOUT_REFERENCE, Recipe
+from .reference import make_reference
+from .tokens import prompt_ids
+from .train import AlignmentTrainer
+from .worlds import WORLDS
+
+NOT_OF_THE_RUN = ("resume", "output", "save_steps", "tensorboard")  # may differ when a run is resumed
+
+
+class Run:
+    """A run's directory, opened: `history`, `recipe`, `policy`, `report()`. ValueError if it is not one."""
+
+    def __init__(self, directory: str | Path, policy=None, tokenizer=None):
+        self.directory = Path(directory)
+        if not (self.directory / "recipe.yaml").is_file():
+            raise ValueError(
+                f"{self.directory} is not a run's directory: there is no recipe.yaml in it. "
+                "Give the `output` folder of a run, for example runs/little-tldr-dpo-soft-0."
+            )
+        self.recipe = Recipe.load(self.directory)
+        self._policy, self._tokenizer = policy, tokenizer
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.directory)!r}, {len(self.history)} steps)"
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """metrics.jsonl as a table: a row for each optimizer step, NaN where a column was not measured."""
+        path = self.directory / "metrics.jsonl"
+        return pd.DataFrame([json.loads(line) for line in _whole_lines(path)])
+
+    @property
+    def tokenizer(self):
+        """The tokenizer that the run trained with."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.recipe.model)
+        return self._tokenizer
+
+    @property
+    def policy(self):
+        """The trained policy, in eval mode: in memory after `train`, else loaded from the last checkpoint."""
+        if self._policy is None:
+            checkpoint = self.last_checkpoint
+            policy = load_policy(self.recipe)
+            restore_policy(policy, checkpoint)
+            self._policy = policy.eval()
+        return self._policy
+
+    @cached_property
+    def reference(self):
+        """The reference as it stood at the last checkpoint (`reference.using()` gives a model), or None."""
+        reference = load_reference(self.policy, self.recipe)
+        if reference is not None:
+            reference.load(self.last_checkpoint / "reference")
+        return reference
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The newest whole checkpoint."""
+        found = checkpoints(self.directory)
+        if not found:
+            raise ValueError(f"{self.directory} has no whole checkpoint yet: train it first, or go on with it (resume=true).")
+        return found[-1]
+
+    def held_out_prompts(self, count: int | None = None) -> list:
+        """The first `count` evaluation prompts of the run (default: the recipe's `eval_prompts`)."""
+        recipe = self.recipe if count is None else self.recipe.replace(eval_prompts=count)
+        return load_rows(recipe)[1]
+
+    def report(self) -> Path:
+        """Write report.md and its figures from the files of the directory; its path."""
+        from .report import report
+
+        return report(self.directory)
+
+
+def load_reference(policy, recipe: Recipe):
+    """The reference of a run at its start, equal to `policy`; None for a method that compares with none."""
+    if recipe.method in WITHOUT_REFERENCE:
+        return None
+    return make_reference(policy, rank=None if recipe.tuning == "full" else recipe.reference_rank)
+
+
+def load_rows(recipe: Recipe):
+    """(training data set, held-out prompts, where the prompts come from); no prompt is in both.
+
+    The prompts are the first different ones of the test split. Data without one lose a tenth of their prompts, at most
+    `eval_prompts`, chosen by the seed, with all rows that begin with them.
+    """
+    train = load_dataset(recipe.data, "train")
+    try:
+        test, source = load_dataset(recipe.data, "test"), "the test split"
+    except ValueError as error:  # a damaged test split, or no network, is not the same as none
+        if not re.search("has no split|Unknown split", str(error)):
+            raise
+        test, source = None, "prompts taken out of the training data, which have no test split"
+    known = {}
+    for prompt in (train if test is None else test)["prompt"]:
+        if prompt:
+            known.setdefault(json.dumps(prompt), prompt)
+    keys = list(known)
+    if test is None:
+        keys = [keys[i] for i in np.random.default_rng(recipe.seed).permutation(len(keys))[: max(1, len(keys) // 10)]]
+    keys = keys[: recipe.eval_prompts]
+    held_out = set(keys)
+    kept = [i for i, prompt in enumerate(train["prompt"]) if json.dumps(prompt) not in held_out]
+    left_out = len(train) - len(kept)
+    if left_out:
+        train = train.select(kept)
+        source += f"; {left_out} training rows with the same prompts are left out"
+    return train, [known[key] for key in keys], source
+
+
+def train(recipe, *, stop=None, **overrides) -> Run:
+    """A whole run: load, train, measure, report. Returns the `Run`.
+
+    recipe: name of a shipped recipe, path of a YAML file or of a run, dict or `Recipe`; overrides: any of its settings.
+    stop: a `threading.Event`; once set, the run stops after the current step, with a checkpoint, ready for
+    `resume=True`. Everything of the run is in `run.directory`. Errors in the recipe, data or model are ValueErrors.
+    """
+    if overrides.get("resume") and not isinstance(recipe, (Recipe, dict)) and Path(recipe).is_dir():
+        overrides = {"output": str(recipe)} | overrides  # a run's directory may have been moved since
+    recipe = Recipe.load(recipe, **overrides)
+    directory = Path(recipe.output)
+    # the run's directory must stay readable from another folder
+    if recipe.model not in WORLDS and Path(recipe.model).exists():
+        recipe = recipe.replace(model=str(Path(recipe.model).resolve()))
+    if recipe.data not in NAMES and Path(recipe.data).exists():
+        recipe = recipe.replace(data=str(Path(recipe.data).resolve()))
+    main = PartialState().is_main_process
+    resumed = _open_directory(directory, recipe)
+    PartialState().wait_for_everyone()  # all have looked, before the main process makes the directory
+
+    dataset, prompts, source = load_rows(recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    rows, data_report = prepare(
+        dataset,
+        tokenizer,
+        method=recipe.method,
+        max_prompt_tokens=recipe.max_prompt_tokens,
+        max_completion_tokens=recipe.max_completion_tokens,
+    )
+    plan = recipe.plan(len(rows))
+    if main:
+        print(f"{plan}\nevaluation {len(prompts)} prompts, {source}\n\n{data_report}", flush=True)
+    rows = [rows[i] for i in np.random.default_rng(recipe.seed).permutation(len(rows))[: plan.rows]]
+    policy = load_policy(recipe)
+    _refuse_too_long(policy, recipe, tokenizer, rows, prompts)
+    reference = load_reference(policy, recipe)
+    evaluator = Evaluator(recipe, tokenizer, prompts)
+    trainer = AlignmentTrainer(policy, reference, rows, recipe, tokenizer, directory, evaluate=evaluator, stop=stop)
+    if main and not resumed:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "data_report.json").write_text(json.dumps(data_report.to_dict(), indent=1))
+        recipe.replace(resume=False).save(directory / "recipe.yaml.tmp")
+        os.replace(directory / "recipe.yaml.tmp", directory / "recipe.yaml")  # a run, from now on, and a whole one
+    checkpoint = _rewind(directory) if resumed else None
+    if main and resumed:
+        print(f"resuming after step {checkpoint.name.split('-')[1]}" if checkpoint else "resuming from the beginning")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    run = Run(directory, policy.eval(), tokenizer) if main else None
+    if main and trainer.state.global_step == plan.steps:
+        samples = directory / "samples.jsonl"
+        write_samples(policy, recipe, tokenizer, prompts, samples, seed=recipe.seed, autocast=trainer.accelerator.autocast())
+        run.report()
+    return run
+
+
+def _refuse_too_long(policy, recipe: Recipe, tokenizer, rows: list[dict], prompts: list) -> None:
+    """A model with learnt or cached positions fails, or answers nonsense, beyond them: say so before training."""
+    positions = getattr(policy.config, "max_position_embeddings", None)
+    asked = [len(prompt_ids(tokenizer, prompt, recipe.max_prompt_tokens)) for prompt in prompts]
+    longest = max(asked + [len(row["prompt_ids"]) for row in rows])
+    if positions and longest + recipe.max_completion_tokens > positions:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens, and with max_completion_tokens={recipe.max_completion_tokens} that "
+            f"is more than the {positions} positions of model={recipe.model}. Lower max_prompt_tokens or "
+            "max_completion_tokens."
+        )
+
+
+def _open_directory(directory: Path, recipe: Recipe) -> bool:
+    """Whether there is a run to go on with; refuses to overwrite one, or to resume it with another recipe."""
+    if not (directory / "recipe.yaml").is_file():
+        if recipe.resume and PartialState().is_main_process:
+            print(f"resume=true, but there is no run in {directory}: starting from the beginning", flush=True)
+        return False
+    if not recipe.resume:
+        raise ValueError(
+            f"output={directory} already holds a run. Say resume=true to go on with it, or choose another output; "
+            "nothing was changed."
+        )
+    stored, wanted = Recipe.load(directory).model_dump(), recipe.model_dump()
+    different = [key for key in stored if stored[key] != wanted[key] and key not in NOT_OF_THE_RUN]
+    if different:
+        changes = ", ".join(f"{key}: {stored[key]} then, {wanted[key]} now" for key in different)
+        raise ValueError(
+            f"output={directory} holds a run with other settings ({changes}). A resumed run is the same run: give the "
+            "old settings, or another output for a new run."
+        )
+    return True
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines with their newlines; a last one without was cut off by a kill and does not count."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n")]
+
+
+def _rewind(directory: Path) -> Path | None:
+    """The last whole checkpoint; what was written after it is dropped: rows of metrics.jsonl, cut-off checkpoints."""
+    found = checkpoints(directory)
+    step = int(found[-1].name.split("-")[1]) if found else 0
+    path = directory / "metrics.jsonl"
+    if PartialState().is_main_process:
+        remove_unfinished(directory)
+        path.write_text("".join(line for line in _whole_lines(path) if json.loads(line)["step"] <= step))
+    return found[-1] if found else None
