@@ -2,8 +2,8 @@
 
     python data/make.py little-tldr     python data/make.py little-hh     python data/make.py     (both)
 
-Takes about 20 minutes a world. Everything is seeded, and one thread is used whatever the machine has: the
-same versions of the libraries on the same kind of processor give the same files, byte for byte.
+Takes 15 to 30 minutes a world. Everything is seeded and the number of threads is fixed: the same versions of
+the libraries on the same kind of processor give the same files, byte for byte.
 """
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 from tralign_mini import worlds  # noqa: E402
-from tralign_mini.generate import sample  # noqa: E402
 
 TRAIN_PAIRS, TEST_PAIRS = 10_000, 1_000
+LEARNING_RATE = 2e-3
+LABEL_SCALE = 1.0  # P(a preferred to b) = sigmoid(LABEL_SCALE * (gold_a - gold_b))
 EOS, PAD = "<|endoftext|>", "<|padding|>"
 
 
@@ -36,19 +37,19 @@ EOS, PAD = "<|endoftext|>", "<|padding|>"
 class Settings:
     """What differs between the worlds."""
 
+    threads: int  # of the processor: another number gives other last bits, so other weights
     steps: int  # SFT, fresh posts in every batch of 64
-    learning_rate: float
-    label_scale: float  # P(a preferred to b) = sigmoid(label_scale * (gold_a - gold_b))
+    pool: int  # batches drawn at a time; several are sorted by length, which saves padding and slows learning
     max_completion_tokens: int  # of a sample; longer ones are dropped and counted
 
 
 SETTINGS = {
-    "little-tldr": Settings(steps=2400, learning_rate=2e-3, label_scale=1.25, max_completion_tokens=40),
-    "little-hh": Settings(steps=2400, learning_rate=2e-3, label_scale=1.0, max_completion_tokens=48),
+    "little-tldr": Settings(threads=2, steps=2400, pool=1, max_completion_tokens=40),
+    "little-hh": Settings(threads=1, steps=2400, pool=8, max_completion_tokens=48),
 }
 
 STAND_INS = {
-    "little-hh": "Its harmful requests are\nharmless stand-ins, the mischief of children's books, so that "
+    "little-hh": " Its harmful requests are\nharmless stand-ins, the mischief of children's books, so that "
                  "refusing can be studied without harmful text.",
 }
 
@@ -83,7 +84,7 @@ def make_model(tokenizer) -> GPTNeoXForCausalLM:
 
 def train_sft(model, tokenizer, world, name: str, settings: Settings) -> set[str]:
     """Supervised fine-tuning from scratch on the completions of fresh demonstrations; returns all prompts."""
-    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, (0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, (0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(  # warm-up, then cosine
         (step + 1) / 100, 0.02 + 0.49 * (1 + math.cos(math.pi * step / settings.steps))))
     rng, probe = seeded(name, "sft"), seeded(name, "probe")
@@ -91,7 +92,7 @@ def train_sft(model, tokenizer, world, name: str, settings: Settings) -> set[str
     seen, batches, start = set(), [], time.time()
     for step in range(1, settings.steps + 1):
         if not batches:
-            batches = demonstration_batches(world, tokenizer, rng, seen)
+            batches = demonstration_batches(world, tokenizer, rng, seen, settings.pool)
         ids, labels = batches.pop()
         hidden = model.gpt_neox(ids).last_hidden_state[:, :-1]
         wanted = labels[:, 1:] != -100  # right padding needs no mask: under causal attention no label sees it
@@ -102,25 +103,26 @@ def train_sft(model, tokenizer, world, name: str, settings: Settings) -> set[str
         optimizer.step()
         schedule.step()
         if step % 200 == 0 or step == settings.steps:
-            texts = draw(model, tokenizer, probes, settings.max_completion_tokens, seed=step)
+            texts = sample(model, tokenizer, probes, settings.max_completion_tokens, seed=step)
             gold = statistics.fmean(world.gold_reward(p, t or "") for p, t in zip(probes, texts))
             print(f"[{name}] SFT step {step}/{settings.steps}  loss {loss.item():.3f}  gold {gold:.2f}  "
                   f"{time.time() - start:.0f} s", flush=True)
     return seen
 
 
-def demonstration_batches(world, tokenizer, rng: random.Random, seen: set[str]) -> list[tuple]:
-    """Eight batches (ids, labels) of 64 fresh posts of similar length; adds the prompts to `seen`."""
-    prompts = [world.make_prompt(rng) for _ in range(8 * 64)]
+def demonstration_batches(world, tokenizer, rng: random.Random, seen: set[str], pool: int) -> list[tuple]:
+    """`pool` batches (ids, labels) of 64 fresh posts, by length if several; adds the prompts to `seen`."""
+    prompts = [world.make_prompt(rng) for _ in range(64 * pool)]
     seen.update(prompts)
     heads = tokenizer(prompts)["input_ids"]
     tails = tokenizer([world.demonstration(prompt, rng) for prompt in prompts])["input_ids"]
     rows = [([*head, *tail, tokenizer.eos_token_id], len(head)) for head, tail in zip(heads, tails)]
-    rows.sort(key=lambda row: len(row[0]))
+    if pool > 1:
+        rows.sort(key=lambda row: len(row[0]))
     batches = []
     for first in range(0, len(rows), 64):
         batch = rows[first:first + 64]
-        ids = torch.full((64, len(batch[-1][0])), tokenizer.pad_token_id)
+        ids = torch.full((64, max(len(whole) for whole, _ in batch)), tokenizer.pad_token_id)
         labels = torch.full_like(ids, -100)
         for row, (whole, start) in enumerate(batch):
             ids[row, :len(whole)] = torch.tensor(whole)
@@ -130,11 +132,30 @@ def demonstration_batches(world, tokenizer, rng: random.Random, seen: set[str]) 
     return batches
 
 
-def draw(model, tokenizer, prompts: list[str], max_tokens: int, seed: int) -> list[str | None]:
+@torch.no_grad()
+def sample(model, tokenizer, prompts: list[str], max_tokens: int, seed: int) -> list[str | None]:
     """One completion a prompt at temperature 1; None where no EOS came within max_tokens."""
-    samples = sample(model, tokenizer, prompts, max_completion_tokens=max_tokens, seed=seed, batch_size=256)
-    ended = [ids[-1] == tokenizer.eos_token_id for _, ids in samples.sequences]
-    return [text if end else None for text, end in zip(samples.texts, ended)]
+    generator = torch.Generator().manual_seed(seed)
+    texts: list[str | None] = []
+    for first in range(0, len(prompts), 256):
+        batch = tokenizer(prompts[first:first + 256], return_tensors="pt", padding=True, padding_side="left")
+        mask = batch["attention_mask"]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        ids, cache, drawn = batch["input_ids"], None, []
+        for _ in range(max_tokens):
+            out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                        use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            ids = torch.multinomial(out.logits[:, -1].softmax(-1), 1, generator=generator)
+            drawn.append(ids)
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+            positions = positions[:, -1:] + 1
+            if (torch.cat(drawn, 1) == tokenizer.eos_token_id).any(1).all():
+                break
+        for row in torch.cat(drawn, 1).tolist():
+            ended = tokenizer.eos_token_id in row
+            texts.append(tokenizer.decode(row[:row.index(tokenizer.eos_token_id)]) if ended else None)
+    return texts
 
 
 def make_pairs(model, tokenizer, world, name: str, settings: Settings, seen: set[str]):
@@ -149,7 +170,7 @@ def make_pairs(model, tokenizer, world, name: str, settings: Settings, seen: set
             if prompt not in seen and prompt not in used:
                 used.add(prompt)
                 prompts.append(prompt)
-        first, second = (draw(model, tokenizer, prompts, settings.max_completion_tokens, seed=len(used) + i)
+        first, second = (sample(model, tokenizer, prompts, settings.max_completion_tokens, seed=len(used) + i)
                          for i in (0, 1))
         for prompt, a, b in zip(prompts, first, second):
             reason = why_not(tokenizer, prompt, a, b)
@@ -157,7 +178,7 @@ def make_pairs(model, tokenizer, world, name: str, settings: Settings, seen: set
                 dropped[reason] += 1
                 continue
             gap = world.gold_reward(prompt, a) - world.gold_reward(prompt, b)
-            if coin.random() > 1 / (1 + math.exp(-settings.label_scale * gap)):
+            if coin.random() > 1 / (1 + math.exp(-LABEL_SCALE * gap)):
                 a, b = b, a
             rows.append({"prompt": prompt, "chosen": a, "rejected": b})
         print(f"[{name}] pairs {min(len(rows), TRAIN_PAIRS + TEST_PAIRS)}", flush=True)
@@ -189,6 +210,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def build(name: str) -> None:
     """One world, from nothing to its folder in data/."""
     world, settings, start = worlds.world(name), SETTINGS[name], time.time()
+    torch.set_num_threads(settings.threads)
     folder = REPOSITORY / "data" / name
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(world, name)
@@ -257,7 +279,7 @@ license: apache-2.0
 # {name}
 
 Synthetic preference pairs and a tiny SFT model, made by one command from nothing but a generator of texts:
-`python data/make.py {name}`. No person wrote or judged any of it. {STAND_INS.get(name, "")}
+`python data/make.py {name}`. No person wrote or judged any of it.{STAND_INS.get(name, "")}
 
 ## The task
 
@@ -275,11 +297,11 @@ The code is `{world.__name__.replace(".", "/")}.py`. Distinct prompts: at least 
 
 1. The tokenizer is trained on 20,000 prompts with imperfect demonstrations.
 2. The model is trained from random weights on {settings.steps:,} batches of 64 fresh demonstrations:
-   cross-entropy on the completion, AdamW at {settings.learning_rate:g} with cosine decay.
+   cross-entropy on the completion, AdamW at {LEARNING_RATE:g} with cosine decay.
 3. For each fresh prompt two completions of at most {settings.max_completion_tokens} tokens are sampled at
    temperature 1. Prompts are dropped whose samples have no end, are empty or identical, or do not tokenize
    together with the prompt as they do alone. Dropped: {reasons}.
-4. Bradley-Terry: a is preferred to b with probability sigmoid({settings.label_scale:g} (gold(a) - gold(b))).
+4. Bradley-Terry: a is preferred to b with probability sigmoid({LABEL_SCALE:g} (gold(a) - gold(b))).
 
 The gold rewards are not in the files: `worlds.gold_reward({name!r}, prompts, completions)` computes them.
 
@@ -311,7 +333,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("world", nargs="*", choices=[*worlds.WORLDS, "all"], default="all")
     chosen = parser.parse_args().world
-    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     for name in worlds.WORLDS if "all" in chosen else chosen:
         build(name)

@@ -128,20 +128,20 @@ def random_rows(method: str, count: int = 24, prompts: int | None = None, seed: 
              "rejected_ids": [*ids(1, 6), EOS]} for i in range(count)]
 
 
-def make_trainer(directory: Path, *, policy=None, reference=None, rows=None, evaluate=None, **settings):
-    """An `AlignmentTrainer` on a tiny GPT-NeoX in memory, batches of 8; `reference` defaults to its copy."""
-    from tralign_mini.recipe import Recipe
+def make_trainer(directory: Path, *, policy=None, reference_model=None, rows=None, evaluate=None, **settings):
+    """An `AlignmentTrainer` on a tiny GPT-NeoX in memory, batches of 8; `reference_model` defaults to its copy."""
+    from tralign_mini.recipe import WITHOUT_REFERENCE, Recipe
     from tralign_mini.reference import FrozenReference
     from tralign_mini.train import AlignmentTrainer
 
     defaults = {"model": "none", "data": "none", "batch_size": 8, "max_steps": 4, "learning_rate": 1e-3}
     recipe = Recipe(**defaults | settings)
     policy = tiny_neox().train() if policy is None else policy
-    if reference is None and recipe.method not in ("sft", "orpo", "simpo"):
-        reference = policy
+    if reference_model is None and recipe.method not in WITHOUT_REFERENCE:
+        reference_model = policy
     rows = random_rows(recipe.method) if rows is None else rows
-    frozen = None if reference is None else FrozenReference(reference)
-    return AlignmentTrainer(policy, frozen, rows, recipe, tiny_tokenizer(), directory, evaluate=evaluate)
+    reference = None if reference_model is None else FrozenReference(reference_model)
+    return AlignmentTrainer(policy, reference, rows, recipe, tiny_tokenizer(), directory, evaluate=evaluate)
 
 
 def logps_by_hand(model, sequences: list) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import sys
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ def test_qlora_stores_the_base_in_four_bits_and_the_adapter_in_float32(folders, 
 
 
 def test_qlora_without_bitsandbytes_says_what_to_install(folders, monkeypatch):
-    monkeypatch.setitem(importlib.import_module("sys").modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"tuning=qlora needs bitsandbytes.*pip install"):
         tr_policy(folders[tiny_neox], tuning="qlora")
 

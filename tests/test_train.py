@@ -169,7 +169,7 @@ def test_micro_batches_change_nothing(method, tmp_path):
     # Llama: the gradient of a bias on keys is zero but for rounding, and AdamW blows rounding up to full steps
     settings = {"method": method, "rows": random_rows(method, 20)}
     if method in WITH_REFERENCE:
-        settings |= {"reference": tiny_llama(seed=3)}
+        settings |= {"reference_model": tiny_llama(seed=3)}
     (tmp_path / "8").mkdir()
     whole, policy, _ = one_run(tmp_path / "8", policy=tiny_llama().train(), **settings)
     assert all(row["grad_norm"] > 1e-3 for row in whole)
@@ -207,7 +207,7 @@ def test_the_first_loss_by_hand(settings, tmp_path):
     method = settings["method"]
     rows = random_rows(method, 8)
     policy, other = tiny_neox(), tiny_neox(seed=3)
-    first = one_run(tmp_path, rows=rows, reference=other if method in WITH_REFERENCE else None, max_steps=1,
+    first = one_run(tmp_path, rows=rows, reference_model=other if method in WITH_REFERENCE else None, max_steps=1,
                     policy=tiny_neox().train(), **settings)[0][0]
 
     def logps(model, side):
@@ -269,7 +269,7 @@ def test_z0_is_the_mean_log_ratio_of_mismatched_pairs_clamped_and_detached(tmp_p
     one, other = tiny_neox(), tiny_neox(seed=3)
     found = []
     for policy, reference in ((one, other), (other, one)):
-        trainer = make_trainer(tmp_path, method="kto", policy=policy.train(), reference=reference)
+        trainer = make_trainer(tmp_path, method="kto", policy=policy.train(), reference_model=reference)
         kl, _, rows = reference_point(trainer)
         by_hand = z0_by_hand(policy.eval(), reference.eval(), rows)
         assert kl.item() == pytest.approx(max(by_hand, 0), abs=1e-4)
@@ -280,7 +280,7 @@ def test_z0_is_the_mean_log_ratio_of_mismatched_pairs_clamped_and_detached(tmp_p
 
 def test_z0_is_not_the_mean_over_the_matched_batch(tmp_path):
     policy, reference = tiny_neox(), tiny_neox(seed=3)
-    trainer = make_trainer(tmp_path, method="kto", policy=policy, reference=reference)
+    trainer = make_trainer(tmp_path, method="kto", policy=policy, reference_model=reference)
     _, _, rows = reference_point(trainer)
     mismatched = z0_by_hand(policy, reference, rows)
     matched = [(row["prompt_ids"], row["completion_ids"]) for row in rows]
@@ -289,11 +289,11 @@ def test_z0_is_not_the_mean_over_the_matched_batch(tmp_path):
 
 
 def test_z0_is_of_the_whole_step_however_it_is_cut(tmp_path):
-    policies = {"policy": tiny_neox(seed=3).train(), "reference": tiny_neox()}
+    policies = {"policy": tiny_neox(seed=3).train(), "reference_model": tiny_neox()}
     if z0_by_hand(tiny_neox(seed=3), tiny_neox(), [
         row | {"mismatched_ids": row["completion_ids"]} for row in random_rows("kto")
     ]) < 0:
-        policies = {"policy": tiny_neox().train(), "reference": tiny_neox(seed=3)}
+        policies = {"policy": tiny_neox().train(), "reference_model": tiny_neox(seed=3)}
     found = []
     for micro in (8, 2, 1):
         kl, batches, _ = reference_point(make_trainer(tmp_path, method="kto", micro_batch_size=micro, **policies))
@@ -306,7 +306,7 @@ def test_z0_is_of_the_whole_step_however_it_is_cut(tmp_path):
 
 def test_no_gradient_flows_through_z0(tmp_path):
     policy, reference = tiny_neox(seed=3).train(), tiny_neox()
-    trainer = make_trainer(tmp_path, method="kto", policy=policy, reference=reference)
+    trainer = make_trainer(tmp_path, method="kto", policy=policy, reference_model=reference)
     kl, [batch], rows = reference_point(trainer)
     sequences = {k: v for k, v in batch["sequences"].items()}
     trainer.compute_loss(trainer.model, batch).backward()

@@ -300,7 +300,8 @@ def test_make_starts_from_the_same_weights_and_batches():
     tokenizer = AutoTokenizer.from_pretrained(worlds.data_directory("little-tldr") / "model")
     first, second = (make.make_model(tokenizer).state_dict() for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
-    batches = [make.demonstration_batches(little_tldr, tokenizer, random.Random(1), set()) for _ in range(2)]
+    batches = [make.demonstration_batches(little_tldr, tokenizer, random.Random(1), set(), pool=2)
+               for _ in range(2)]
     for (ids, labels), (same_ids, same_labels) in zip(*batches, strict=True):
         assert torch.equal(ids, same_ids) and torch.equal(labels, same_labels)
 
@@ -308,11 +309,11 @@ def test_make_starts_from_the_same_weights_and_batches():
 def test_demonstration_batches_train_on_the_completion_and_its_end_alone():
     make, seen = load_make(), set()
     tokenizer = AutoTokenizer.from_pretrained(worlds.data_directory("little-tldr") / "model")
-    for ids, labels in make.demonstration_batches(little_tldr, tokenizer, random.Random(1), seen):
+    for ids, labels in make.demonstration_batches(little_tldr, tokenizer, random.Random(1), seen, pool=2):
         for row, wanted in zip(ids, labels):
             prompt = tokenizer.decode(row[: int((wanted != -100).nonzero()[0])])
             completion = wanted[wanted != -100]
             assert prompt in seen and completion[-1] == tokenizer.eos_token_id
             assert tokenizer.eos_token_id not in completion[:-1]
             assert tokenizer.decode(completion[:-1]).startswith(" ")
-    assert len(seen) == 512
+    assert len(seen) == 2 * 64

@@ -1,7 +1,7 @@
 """tralign_mini: preference alignment with a moving reference policy, small enough to read.
 
-TR-DPO, TR-IPO and TR-KTO (arXiv 2404.09656) on one GPU or on a laptop. `import tralign_mini as tr` loads nothing heavy;
-each name below loads its module when it is first used.
+TR-DPO, TR-IPO and TR-KTO (arXiv 2404.09656) on one GPU or on a laptop. `import tralign_mini as tr` loads
+nothing heavy; each name below loads its module when it is first used.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-# On a CPU bitsandbytes advises to install `kernels`, which would fetch a compiled kernel from the Hub at run time.
+# On a CPU bitsandbytes advises to install `kernels`, which would fetch compiled code from the Hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOME = {
@@ -47,7 +47,7 @@ def __dir__():
 
 
 class _Package(ModuleType):
-    """`tralign_mini.train` is a file, `tr.train` a function: importing the file must not hide the function."""
+    """`tralign_mini.train` is a file, `tr.train` a function: importing the one must not hide the other."""
 
     def __setattr__(self, name, value):
         if not (name in _MODULE_OF and isinstance(value, ModuleType)):

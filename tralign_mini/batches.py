@@ -23,18 +23,26 @@ PAIRED = ("dpo", "ipo", "orpo", "simpo")
 class StepStream(Dataset):
     """The rows of a run in the order in which it sees them: `steps * batch_size` of them, epoch after epoch.
 
-    Step s holds the rows s * batch_size ... (s + 1) * batch_size - 1 of this stream, whatever the micro-batch size and
-    the number of processes. For KTO each row also gets `mismatched_ids`: a completion that belongs to another prompt
-    of the same step, for the reference point z0.
+    Step s holds the rows s * batch_size ... (s + 1) * batch_size - 1 of this stream, whatever the micro-batch
+    size and the number of processes. Which rows these are is the seed's choice; within the step they stand by
+    length, so that micro-batches hold little padding. For KTO each row also gets `mismatched_ids`: a
+    completion that belongs to another prompt of the same step, for the reference point z0.
     """
 
     def __init__(self, rows: list[dict], recipe: Recipe, steps: int):
         self.rows, self.recipe = rows, recipe
         epochs = math.ceil(steps * recipe.batch_size / len(rows))
         order = [np.random.default_rng([recipe.seed, epoch]).permutation(len(rows)) for epoch in range(epochs)]
-        self.order = np.concatenate(order)[: steps * recipe.batch_size]
-        if recipe.method == "kto":
-            self._refuse_single_prompt_steps()
+        order = np.concatenate(order)[: steps * recipe.batch_size]
+        lengths = np.array([sum(len(ids) for ids in row.values() if isinstance(ids, list)) for row in rows])
+        self.order, self.partners = np.empty_like(order), np.empty_like(order)
+        for first in range(0, len(order), recipe.batch_size):
+            step = order[first : first + recipe.batch_size]
+            by_length = np.argsort(lengths[step], kind="stable")
+            here = slice(first, first + recipe.batch_size)
+            self.order[here] = step[by_length]
+            if recipe.method == "kto":  # partners follow the seeded order: their lengths are independent
+                self.partners[here] = self._partners(step, first)[by_length]
 
     def __len__(self) -> int:
         return len(self.order)
@@ -43,7 +51,7 @@ class StepStream(Dataset):
         row = self.rows[self.order[position]]
         if self.recipe.method != "kto":
             return row
-        return {**row, "mismatched_ids": self.rows[self._partner(position)]["completion_ids"]}
+        return {**row, "mismatched_ids": self.rows[self.partners[position]]["completion_ids"]}
 
     def hash(self) -> str:
         """SHA-256 of the tokenized rows: a resumed run has to go on with the same."""
@@ -52,27 +60,19 @@ class StepStream(Dataset):
             digest.update(json.dumps(row, sort_keys=True).encode())
         return digest.hexdigest()
 
-    def _step(self, position: int) -> np.ndarray:
-        first = position // self.recipe.batch_size * self.recipe.batch_size
-        return self.order[first : first + self.recipe.batch_size]
-
-    def _partner(self, position: int) -> int | None:
-        """The next row of the same step, round the end, whose prompt is another one."""
-        prompt = self.rows[self.order[position]]["prompt_ids"]
-        step, offset = self._step(position), position % self.recipe.batch_size
-        for candidate in np.roll(step, -offset - 1):
-            if self.rows[candidate]["prompt_ids"] != prompt:
-                return int(candidate)
-        return None
-
-    def _refuse_single_prompt_steps(self) -> None:
-        for first in range(0, len(self.order), self.recipe.batch_size):
-            if self._partner(first) is None:
-                raise ValueError(
-                    f"method=kto: optimizer step {first // self.recipe.batch_size + 1} holds a single prompt, so no "
-                    "completion of another prompt is there for the reference point z0. Use a batch_size of at least 2 "
-                    "(better 8), and data with more than one prompt."
-                )
+    def _partners(self, step: np.ndarray, first: int) -> np.ndarray:
+        """For each row the next one of the step, round the end, whose prompt is another one."""
+        prompts = [self.rows[i]["prompt_ids"] for i in step]
+        if all(prompt == prompts[0] for prompt in prompts):
+            raise ValueError(
+                f"method=kto: optimizer step {first // self.recipe.batch_size + 1} holds a single prompt, so no "
+                "completion of another prompt is there for the reference point z0. Use a batch_size of at "
+                "least 2 (better 8), and data with more than one prompt."
+            )
+        n = len(step)
+        return np.array(
+            [next(step[k % n] for k in range(i + 1, i + n) if prompts[k % n] != prompts[i]) for i in range(n)]
+        )
 
 
 def collate_rows(rows: list[dict], method: str, pad_token_id: int) -> dict:

@@ -1,4 +1,4 @@
-"""`tralign chat RUN`: type a prompt, and the initial policy, the trained one and its reference answer side by side."""
+"""`tralign chat RUN`: type a prompt; initial policy, trained policy and reference answer side by side."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def converse(directory: Path, temperature: float, console: Console) -> None:
 
 
 def answer(run: Run, prompt, *, temperature: float = 1.0, seed: int = 0) -> dict[str, tuple[str, str]]:
-    """The answer of each model, and how much likelier the policy makes it than the initial policy (log-ratio, nats)."""
+    """Each model's answer, and its log-ratio: how much likelier the policy makes it than the initial policy."""
     recipe, pad = run.recipe, run.tokenizer.pad_token_id
     models = {"initial": initial_policy(run.policy, recipe), "policy": nullcontext(run.policy)}
     if run.reference is not None:

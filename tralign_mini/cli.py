@@ -1,6 +1,7 @@
 """The command line: `tralign demo | train | evaluate | compare | chat | doctor`.
 
-Every error is one message and exit code 2. Ctrl-C in a training run finishes the step, saves, and says how to go on.
+Every error is one message and exit code 2. Ctrl-C in a training run finishes the step, saves, and says
+how to go on.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(help="seed of the samples; default: the run's")] = None,
 ) -> None:
     """Sample finished runs again, measure them, and print the comparison."""
-    from .evaluate import evaluate as evaluate_run
     from .comparison import compare as compare_runs
+    from .evaluate import evaluate as evaluate_run
 
     for run in runs:
         console.print(f"report: {evaluate_run(run, prompts=prompts, seed=seed)}")
@@ -156,7 +157,7 @@ def doctor() -> None:
 
 
 def _show(comparison) -> None:
-    """The comparison's table; settings that are the same in all runs go below it, so that it fits a terminal."""
+    """The table; settings that are the same in all runs go below it, so that it fits a terminal."""
     for warning in comparison.warnings:
         console.print(f"[bold yellow]Warning.[/] {_plain(warning)}")
     summary = comparison.summary

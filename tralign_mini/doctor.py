@@ -1,4 +1,4 @@
-"""`tralign doctor`: what is installed, what this machine would use, and what would fail, before anything is loaded."""
+"""`tralign doctor`: what is installed, what this machine would use, and what would fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Findings(NamedTuple):
 
 
 def examine() -> Findings:
-    """Look at Python, packages, device, precision, memory and the embedded data. Loads torch, but no model."""
+    """Look at Python, packages, device, precision, memory and the embedded data. Loads no model."""
     import torch
 
     from .worlds import WORLDS, data_directory
@@ -36,7 +36,7 @@ def examine() -> Findings:
             problems.append(f"{OPTIONAL.get(package, 'everything')} needs {package}: pip install {package}")
     if find_spec("kernels") is not None:
         problems.append(
-            "the package `kernels` is installed: bitsandbytes then fetches a CPU kernel from the Hub. Remove it"
+            "the package `kernels` is installed: bitsandbytes then fetches code from the Hub. Remove it"
         )
 
     if torch.cuda.is_available():
@@ -53,7 +53,7 @@ def examine() -> Findings:
             )
         if torch.cuda.device_count() > 1:
             problems.append(
-                "one process uses one GPU only; for all of them: torchrun --nproc-per-node=<GPUs> -m tralign_mini.cli train ..."
+                "one process uses one GPU; for all: torchrun --nproc-per-node=<GPUs> -m tralign_mini.cli train ..."
             )
     else:
         facts["device"] = f"CPU, {torch.get_num_threads()} threads"
@@ -63,7 +63,7 @@ def examine() -> Findings:
         )
         if os.cpu_count() and torch.get_num_threads() > os.cpu_count():
             problems.append(
-                f"{torch.get_num_threads()} threads on {os.cpu_count()} cores: set OMP_NUM_THREADS={os.cpu_count()}"
+                f"more threads ({torch.get_num_threads()}) than cores: set OMP_NUM_THREADS={os.cpu_count()}"
             )
     facts["memory"] = _memory()
 

@@ -75,12 +75,14 @@ SUBREDDITS = {  # name -> the two kinds of event that its facts are about, one e
     "cooking": ("food", "pets"),
     "relationships": ("events", "things"),
 }
-TITLES = _split("Trouble with {}, Advice about {}, Is {} wrong?, A day with {}, How to forgive {}, {} again")
+TITLES = _split(
+    "Trouble with {}, Advice about {}, Is {} wrong?, Long day with {}, How to forgive {}, {} again"
+)
 
 # What matters: what happened, and what the writer did about it. "" is the bare sentence.
 FACT_OPENINGS = (
-    "", "", "Yesterday ", "Last week ", "Then ", "This morning ", "It turns out ", "Worst of all, ",
-    "The problem is that ", "Without asking, ",
+    "", "", "Yesterday ", "Last week ", "Then ", "It turns out ", "Worst of all, ", "The problem is that ",
+    "This morning ", "Without asking, ",
 )
 DECISION_OPENINGS = ("", "So ", "In the end ", "Finally ", "Today ", "Because of this ")
 
@@ -91,9 +93,9 @@ ASIDE_OPENINGS = (
 )
 IDLE_OPENINGS = ("By the way, ", "Years ago ", "I dreamed that ", "Side note: ", "Nobody believes that ")
 CHATTER = (
-    "It was raining.", "Sorry for the length.", "I am on mobile.", "I like coffee.", "First post here.",
-    "Thanks for reading.", "This is a throwaway.", "I love this sub.", "Be kind please.",
-    "The weather was nice.",
+    "It was raining.", "Sorry for the length.", "I am on mobile.", "I like coffee.", "Thanks for reading.",
+    "This is a throwaway.", "First post here.", "The weather was nice.", "I love this sub.",
+    "Be kind please.",
 )
 EMPTY_WORDS = _split("long story short, basically, anyway, so yeah, not sure what to do, it is complicated")
 

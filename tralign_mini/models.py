@@ -116,12 +116,12 @@ def load_base(name: str, dtype: torch.dtype, *, four_bit: bool = False) -> PreTr
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-        options["device_map"] = {"": _device()}
+        options["device_map"] = {"": this_process().device}
     model = _load(AutoModelForCausalLM, model_path(name), name, **options)
     if four_bit:
         guard_4bit(model)
     else:
-        model.to(_device())
+        model.to(this_process().device)
     _switch_dropout_off(model)
     return model
 
@@ -136,9 +136,12 @@ def _switch_dropout_off(model: PreTrainedModel) -> None:
                 setattr(module, name, 0.0)
 
 
-def _device() -> torch.device:
-    """This process's GPU, else the CPU: the same choice as in `training_arguments`."""
-    return PartialState().device if torch.cuda.is_available() else torch.device("cpu")
+def this_process() -> PartialState:
+    """Which one of how many processes this is, and its device: its CUDA GPU, or else the CPU.
+
+    Without a GPU accelerate has to be told, or each of several processes takes itself for the only one.
+    """
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _load(loader, path: str, name: str, **options):

@@ -172,8 +172,8 @@ class Recipe(BaseModel):
 
         A value of the source that equals its derived default is derived again, so it follows the overrides:
         lora_alpha a new lora_rank, output a new seed. alpha belongs to the kind of reference: the source's is
-        dropped when an override changes `reference`; tau stays. A `method` without a reference drops the source's
-        reference, alpha and tau. Paths are relative to the working directory.
+        dropped when an override changes `reference`; tau stays. A `method` without a reference drops the
+        source's reference, alpha and tau. Paths are relative to the working directory.
         """
         if isinstance(source, Recipe):
             settings, title = source.model_dump(), "recipe"
@@ -186,7 +186,8 @@ class Recipe(BaseModel):
         if overrides.get("reference") not in (None, settings.get("reference", "fixed")):
             settings.pop("alpha", None)
         if overrides.get("method") in WITHOUT_REFERENCE:
-            settings = {key: value for key, value in settings.items() if key not in ("reference", "alpha", "tau")}
+            for key in ("reference", "alpha", "tau"):
+                settings.pop(key, None)
         try:
             return cls(**settings | overrides)
         except RecipeError as error:

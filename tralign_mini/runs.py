@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from accelerate import PartialState
 from .checkpoint import checkpoints, remove_unfinished, restore_policy
 from .data import NAMES, load_dataset, prepare
 from .evaluate import Evaluator, write_samples
-from .models import load_policy, load_tokenizer
+from .models import is_adapter, load_policy, load_tokenizer
 from .recipe import WITHOUT_REFERENCE, Recipe
 from .reference import make_reference
 from .tokens import prompt_ids
@@ -28,7 +27,7 @@ NOT_OF_THE_RUN = ("resume", "output", "save_steps", "tensorboard")  # may differ
 class Run:
     """A run's directory, opened: `history`, `recipe`, `policy`, `report()`. ValueError if it is not one."""
 
-    def __init__(self, directory: str | Path, policy=None, tokenizer=None):
+    def __init__(self, directory: str | Path, policy=None, tokenizer=None, reference=None):
         self.directory = Path(directory)
         if not (self.directory / "recipe.yaml").is_file():
             raise ValueError(
@@ -36,7 +35,7 @@ class Run:
                 "Give the `output` folder of a run, for example runs/little-tldr-dpo-soft-0."
             )
         self.recipe = Recipe.load(self.directory)
-        self._policy, self._tokenizer = policy, tokenizer
+        self._policy, self._tokenizer, self._reference = policy, tokenizer, reference
 
     def __repr__(self) -> str:
         return f"Run({str(self.directory)!r}, {len(self.history)} steps)"
@@ -64,13 +63,15 @@ class Run:
             self._policy = policy.eval()
         return self._policy
 
-    @cached_property
+    @property
     def reference(self):
         """The reference as it stood at the last checkpoint (`reference.using()` gives a model), or None."""
-        reference = load_reference(self.policy, self.recipe)
-        if reference is not None:
-            reference.load(self.last_checkpoint / "reference")
-        return reference
+        if self._reference is None:
+            reference = load_reference(self.policy, self.recipe)
+            if reference is not None:
+                reference.load(self.last_checkpoint / "reference")
+            self._reference = reference
+        return self._reference
 
     @property
     def last_checkpoint(self) -> Path:
@@ -96,7 +97,9 @@ def load_reference(policy, recipe: Recipe):
     """The reference of a run at its start, equal to `policy`; None for a method that compares with none."""
     if recipe.method in WITHOUT_REFERENCE:
         return None
-    return make_reference(policy, rank=None if recipe.tuning == "full" else recipe.reference_rank)
+    # an adapter that training goes on from has its own rank: the derived 4 * lora_rank is not about it
+    derived = is_adapter(recipe.model) and recipe.reference_rank == 4 * recipe.lora_rank
+    return make_reference(policy, rank=None if recipe.tuning == "full" or derived else recipe.reference_rank)
 
 
 def load_rows(recipe: Recipe):
@@ -177,7 +180,7 @@ def train(recipe, *, stop=None, **overrides) -> Run:
         print(f"resuming after step {checkpoint.name.split('-')[1]}" if checkpoint else "resuming from the beginning")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    run = Run(directory, policy.eval(), tokenizer) if main else None
+    run = Run(directory, policy.eval(), tokenizer, reference) if main else None
     if main and trainer.state.global_step == plan.steps:
         samples = directory / "samples.jsonl"
         write_samples(policy, recipe, tokenizer, prompts, samples, seed=recipe.seed, autocast=trainer.accelerator.autocast())
@@ -233,5 +236,7 @@ def _rewind(directory: Path) -> Path | None:
     path = directory / "metrics.jsonl"
     if PartialState().is_main_process:
         remove_unfinished(directory)
-        path.write_text("".join(line for line in _whole_lines(path) if json.loads(line)["step"] <= step))
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text("".join(line for line in _whole_lines(path) if json.loads(line)["step"] <= step))
+        os.replace(scratch, path)
     return found[-1] if found else None

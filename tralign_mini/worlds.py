@@ -1,7 +1,7 @@
 """The embedded worlds: small made-up tasks whose true quality is known, for runs without a network or a GPU.
 
 Each world is a module of its own, `little_tldr.py` or `little_hh.py`: a generator of prompts and a gold
-reward, exact because it parses texts with the generator's own templates. `data/make.py` makes its data from it.
+reward, exact because it parses texts with the generator's own templates. `data/make.py` makes the data.
 """
 from __future__ import annotations
 
