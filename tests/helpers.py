@@ -77,11 +77,11 @@ def write_model(folder: Path, model=None) -> Path:
     return folder
 
 
-def tiny_run(folder: Path, model=None, *, pairs: int = 40, **settings) -> dict:
-    """Settings of a run of 8 steps of 8 pairs on a tiny model, for `tr.train`; files are made once a folder."""
+def tiny_run(folder: Path, start=None, /, *, pairs: int = 40, **settings) -> dict:
+    """Settings for `tr.train`: 8 steps of 8 pairs on a tiny model; the files are made once a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "model").exists():
-        write_model(folder / "model", model)
+        write_model(folder / "model", start)
         write_pairs(folder / "pairs.jsonl", pairs)
     defaults = {
         "model": str(folder / "model"), "data": str(folder / "pairs.jsonl"), "output": str(folder / "run"),
@@ -108,8 +108,23 @@ def assert_close(one: list[dict], other: list[dict], tolerance: float = 1e-5) ->
     for left, right in zip(one, other, strict=True):
         assert left.keys() == right.keys()
         for key, value in left.items():
-            assert right[key] == (value if value is None else pytest.approx(value, abs=tolerance, rel=tolerance)), \
-                (left["step"], key)
+            close = value if value is None else pytest.approx(value, abs=tolerance, rel=tolerance)
+            assert right[key] == close, (left["step"], key)
+
+
+def without(rows: list[dict], *keys: str) -> list[dict]:
+    """The rows without some of their columns."""
+    return [{key: value for key, value in row.items() if key not in keys} for row in rows]
+
+
+def run_once(folder: Path, name: str, **settings) -> list[dict]:
+    """The rows of metrics of a run in `folder/name`, which is made the first time that it is asked for."""
+    import tralign_mini as tr
+
+    output = folder / name
+    if not output.exists():
+        tr.train(tiny_run(folder, output=str(output), **settings))
+    return metrics(output)
 
 
 def random_rows(method: str, count: int = 24, prompts: int | None = None, seed: int = 0) -> list[dict]:
@@ -129,7 +144,7 @@ def random_rows(method: str, count: int = 24, prompts: int | None = None, seed: 
 
 
 def make_trainer(directory: Path, *, policy=None, reference_model=None, rows=None, evaluate=None, **settings):
-    """An `AlignmentTrainer` on a tiny GPT-NeoX in memory, batches of 8; `reference_model` defaults to its copy."""
+    """An `AlignmentTrainer` on a tiny GPT-NeoX in memory; `reference_model` defaults to a copy of it."""
     from tralign_mini.recipe import WITHOUT_REFERENCE, Recipe
     from tralign_mini.reference import FrozenReference
     from tralign_mini.train import AlignmentTrainer

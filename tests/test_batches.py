@@ -50,11 +50,15 @@ def test_an_optimizer_step_holds_the_same_rows_however_it_is_cut(method, tmp_pat
         loader, found = iter(trainer.get_train_dataloader()), []
         for _ in range(4):
             batches = [next(loader) for _ in range(8 // micro)]
-            found.append(Counter(
-                tuple(ids[mask.bool()].tolist())
-                for batch in batches for part in batch.values() if isinstance(part, dict)
-                for ids, mask in zip(part["input_ids"], part["attention_mask"], strict=True)
-            ))
+            found.append(
+                Counter(
+                    tuple(ids[mask.bool()].tolist())
+                    for batch in batches
+                    for part in batch.values()
+                    if isinstance(part, dict)
+                    for ids, mask in zip(part["input_ids"], part["attention_mask"], strict=True)
+                )
+            )
         return found
 
     whole = steps(8)
@@ -111,16 +115,23 @@ def test_the_hash_knows_every_token_and_the_order():
 
 
 def sequences(batch):
-    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    return [
+        ids[mask.bool()].tolist()
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
 
 
 def completions(batch):
-    return [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)]
+    return [
+        ids[mask].tolist() for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
+    ]
 
 
 def test_pairs_are_collated_chosen_first_then_rejected():
-    rows = [{"prompt_ids": [5, 6], "chosen_ids": [7, EOS], "rejected_ids": [8]},
-            {"prompt_ids": [9], "chosen_ids": [10], "rejected_ids": [11, 12, EOS]}]
+    rows = [
+        {"prompt_ids": [5, 6], "chosen_ids": [7, EOS], "rejected_ids": [8]},
+        {"prompt_ids": [9], "chosen_ids": [10], "rejected_ids": [11, 12, EOS]},
+    ]
     batch = collate_rows(rows, "dpo", PAD)
     assert batch.keys() == {"sequences"}
     assert sequences(batch["sequences"]) == [[5, 6, 7, EOS], [9, 10], [5, 6, 8], [9, 11, 12, EOS]]
@@ -128,8 +139,10 @@ def test_pairs_are_collated_chosen_first_then_rejected():
 
 
 def test_kto_rows_are_collated_with_their_labels_and_mismatched_completions():
-    rows = [{"prompt_ids": [5], "completion_ids": [7, EOS], "label": True, "mismatched_ids": [8]},
-            {"prompt_ids": [9], "completion_ids": [8], "label": False, "mismatched_ids": [7, EOS]}]
+    rows = [
+        {"prompt_ids": [5], "completion_ids": [7, EOS], "label": True, "mismatched_ids": [8]},
+        {"prompt_ids": [9], "completion_ids": [8], "label": False, "mismatched_ids": [7, EOS]},
+    ]
     batch = collate_rows(rows, "kto", PAD)
     assert sequences(batch["sequences"]) == [[5, 7, EOS], [9, 8]]
     assert sequences(batch["mismatched"]) == [[5, 8], [9, 7, EOS]]

@@ -1,4 +1,4 @@
-"""A policy is loaded so that what trains is float32, what compares has no noise, and what is frozen is frozen."""
+"""A policy is loaded so that what trains is float32, what compares has no noise, what is frozen stays so."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def recipe(folder, **settings):
 def folders(tmp_path_factory):
     """A folder of each architecture, the weights stored in bfloat16 as on the Hub."""
     root = tmp_path_factory.mktemp("models")
-    return {make: write_model(root / make.__name__, make(hidden_size=64).bfloat16()) for make in (tiny_neox, tiny_llama)}
+    return {
+        make: write_model(root / make.__name__, make(hidden_size=64).bfloat16())
+        for make in (tiny_neox, tiny_llama)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,9 @@ def test_lora_trains_float32_factors_on_all_linear_layers_but_the_head(folders, 
     for name, parameter in policy.named_parameters():
         assert parameter.requires_grad == (".default." in name), name
         assert parameter.dtype == torch.float32, name
-    assert all(layer.r["default"] == 3 and layer.scaling["default"] == 2 for layer in lora_layers(policy).values())
+    assert all(
+        layer.r["default"] == 3 and layer.scaling["default"] == 2 for layer in lora_layers(policy).values()
+    )
 
 
 def test_lora_settings_arrive(folders):
@@ -156,7 +161,9 @@ def test_a_run_with_gradient_checkpointing_is_the_same_run(tmp_path, monkeypatch
     settings = {"tuning": "lora", "reference": "soft", "max_steps": 4, "eval_prompts": 1, "lora_dropout": 0.2}
     for name, on in (("plain", False), ("checkpointed", True)):
         tr.train(tiny_run(tmp_path, output=str(tmp_path / name), gradient_checkpointing=on, **settings))
-    for plain, checkpointed in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "checkpointed"), strict=True):
+    for plain, checkpointed in zip(
+        metrics(tmp_path / "plain"), metrics(tmp_path / "checkpointed"), strict=True
+    ):
         assert plain == pytest.approx(checkpointed, rel=1e-5, abs=1e-6)
 
 
@@ -181,7 +188,8 @@ def test_training_goes_on_from_an_adapter_and_keeps_it_as_the_initial_policy(ada
         assert torch.equal(product, dense(stored)[name]) and product.abs().sum() > 0
         assert torch.allclose(dense(policy, "initial")[name], product)
     assert {name for name, p in policy.named_parameters() if p.requires_grad} == {
-        name for name, _ in policy.named_parameters() if ".default." in name}
+        name for name, _ in policy.named_parameters() if ".default." in name
+    }
 
 
 def test_an_adapter_cannot_be_trained_in_full(adapter):
@@ -189,7 +197,9 @@ def test_an_adapter_cannot_be_trained_in_full(adapter):
         tr_policy(adapter)
 
 
-def test_an_adapter_that_cannot_be_averaged_is_refused_before_the_base_is_loaded(folders, tmp_path, monkeypatch):
+def test_an_adapter_that_cannot_be_averaged_is_refused_before_the_base_is_loaded(
+    folders, tmp_path, monkeypatch
+):
     base = models.load_base(str(folders[tiny_neox]), torch.float32)
     config = LoraConfig(r=2, target_modules="all-linear", use_dora=True)
     get_peft_model(base, config).save_pretrained(tmp_path)
@@ -228,7 +238,9 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 
 
 def test_an_unknown_model_is_named_with_what_would_do(tmp_path):
-    with pytest.raises(ValueError, match=r"model='\./nothing-there' could not be loaded; looked for as a local folder\."):
+    with pytest.raises(
+        ValueError, match=r"model='\./nothing-there' could not be loaded; looked for as a local folder\."
+    ):
         models.load_base("./nothing-there", torch.float32)
     with pytest.raises(ValueError, match="as a local folder and on the Hugging Face Hub.*little-tldr"):
         models.load_base("nobody/nothing-there", torch.float32)
@@ -248,8 +260,10 @@ def test_an_embedded_world_names_its_own_model():
 @pytest.mark.parametrize(
     ("dtype", "gpu", "expected"),
     [
-        ("auto", False, torch.float32), ("auto", True, torch.bfloat16),
-        ("float32", True, torch.float32), ("bfloat16", False, torch.bfloat16),
+        ("auto", False, torch.float32),
+        ("auto", True, torch.bfloat16),
+        ("float32", True, torch.float32),
+        ("bfloat16", False, torch.bfloat16),
     ],
 )
 def test_the_dtype_of_the_arithmetic(monkeypatch, dtype, gpu, expected):

@@ -19,7 +19,9 @@ from rich.table import Table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
-SETTINGS = ("method", "reference", "alpha", "tau", "beta", "seed", "steps", "updates")
+SETTINGS = ("method", "beta", "seed", "steps")
+RESULTS = ("gold", "win rate", "KL to initial")
+RESULTS_WITHOUT_GOLD = ("KL to initial", "Self-BLEU", "words")
 EXPECTED = (
     ValueError,
     OSError,
@@ -157,19 +159,36 @@ def doctor() -> None:
 
 
 def _show(comparison) -> None:
-    """The table; settings that are the same in all runs go below it, so that it fits a terminal."""
+    """What fits a terminal of 80 columns; the page has the rest. Settings that all runs share go below."""
     for warning in comparison.warnings:
         console.print(f"[bold yellow]Warning.[/] {_plain(warning)}")
-    summary = comparison.summary
+    summary = comparison.summary.drop(columns=["alpha", "tau", "reference"], errors="ignore")
+    summary.insert(1, "reference", [_reference(row) for row in comparison.table.to_dict("records")])
+    summary["method"] = summary["method"].str.removeprefix("TR-")  # the column before says whether it moves
     same = [name for name in SETTINGS if name in summary and len(set(summary[name]) - {""}) == 1]
-    table = Table(*summary.columns.drop(same), box=SIMPLE_HEAD)
-    for row in summary.drop(columns=same).to_numpy():
+    wanted = RESULTS if "gold" in summary else RESULTS_WITHOUT_GOLD
+    differing = [name for name in SETTINGS if name in summary and name not in same]
+    columns = ["run", "reference", *differing, *(name for name in wanted if name in summary)]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name.removesuffix(" to initial"), no_wrap=True)
+    for row in summary[columns].to_numpy():
         table.add_row(*map(_plain, row))
     console.print(table)
     if same:
         console.print("all runs: " + ", ".join(f"{name} {max(summary[name])}" for name in same), style="dim")
     for note in comparison.notes:
         console.print(_plain(note), style="dim")
+
+
+def _reference(run: dict) -> str:
+    """`soft 0.6 every 16`, `hard every 32`, `fixed`, or nothing for the initial policy."""
+    parts = [run["reference"]] if isinstance(run["reference"], str) else []
+    if parts == ["soft"]:
+        parts.append(f"{run['alpha']:g}")
+    if parts and parts[0] in ("soft", "hard"):
+        parts.append(f"every {run['tau']:g}")
+    return " ".join(parts)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from accelerate import PartialState
 
 from .checkpoint import checkpoints, remove_unfinished, restore_policy
 from .data import NAMES, load_dataset, prepare
 from .evaluate import Evaluator, write_samples
-from .models import is_adapter, load_policy, load_tokenizer
+from .models import is_adapter, load_policy, load_tokenizer, this_process
 from .recipe import WITHOUT_REFERENCE, Recipe
 from .reference import make_reference
 from .tokens import prompt_ids
@@ -82,9 +81,16 @@ class Run:
         return found[-1]
 
     def held_out_prompts(self, count: int | None = None) -> list:
-        """The first `count` evaluation prompts of the run (default: the recipe's `eval_prompts`)."""
-        recipe = self.recipe if count is None else self.recipe.replace(eval_prompts=count)
-        return load_rows(recipe)[1]
+        """The first `count` evaluation prompts (default: the recipe's `eval_prompts`); fewer if there are not as many.
+
+        None of them is in the rows that the run trained on.
+        """
+        train, prompts, _ = load_rows(self.recipe)
+        if count is not None:
+            trained = {json.dumps(prompt) for prompt in train["prompt"]}
+            prompts = load_rows(self.recipe.replace(eval_prompts=count))[1]
+            prompts = [prompt for prompt in prompts if json.dumps(prompt) not in trained]
+        return prompts
 
     def report(self) -> Path:
         """Write report.md and its figures from the files of the directory; its path."""
@@ -148,9 +154,9 @@ def train(recipe, *, stop=None, **overrides) -> Run:
         recipe = recipe.replace(model=str(Path(recipe.model).resolve()))
     if recipe.data not in NAMES and Path(recipe.data).exists():
         recipe = recipe.replace(data=str(Path(recipe.data).resolve()))
-    main = PartialState().is_main_process
+    main = this_process().is_main_process
     resumed = _open_directory(directory, recipe)
-    PartialState().wait_for_everyone()  # all have looked, before the main process makes the directory
+    this_process().wait_for_everyone()  # all have looked, before the main process makes the directory
 
     dataset, prompts, source = load_rows(recipe)
     tokenizer = load_tokenizer(recipe.model)
@@ -204,7 +210,7 @@ def _refuse_too_long(policy, recipe: Recipe, tokenizer, rows: list[dict], prompt
 def _open_directory(directory: Path, recipe: Recipe) -> bool:
     """Whether there is a run to go on with; refuses to overwrite one, or to resume it with another recipe."""
     if not (directory / "recipe.yaml").is_file():
-        if recipe.resume and PartialState().is_main_process:
+        if recipe.resume and this_process().is_main_process:
             print(f"resume=true, but there is no run in {directory}: starting from the beginning", flush=True)
         return False
     if not recipe.resume:
@@ -234,7 +240,7 @@ def _rewind(directory: Path) -> Path | None:
     found = checkpoints(directory)
     step = int(found[-1].name.split("-")[1]) if found else 0
     path = directory / "metrics.jsonl"
-    if PartialState().is_main_process:
+    if this_process().is_main_process:
         remove_unfinished(directory)
         scratch = path.with_suffix(".tmp")
         scratch.write_text("".join(line for line in _whole_lines(path) if json.loads(line)["step"] <= step))

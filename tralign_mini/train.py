@@ -15,7 +15,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from . import losses
@@ -23,7 +22,7 @@ from .batches import StepStream, collate_rows
 from .callbacks import Progress, StopCallback
 from .checkpoint import read_seal, restore_policy, save_policy, start_hash, weight_hash, write_seal
 from .logprobs import CompletionScorer, completion_logps
-from .models import compute_dtype
+from .models import compute_dtype, this_process
 from .recipe import Recipe
 
 
@@ -308,7 +307,7 @@ class AlignmentTrainer(Trainer):
 
 def training_arguments(recipe: Recipe, directory: Path, steps: int) -> TrainingArguments:
     """The recipe in Trainer's own words."""
-    processes = PartialState().num_processes
+    processes = this_process().num_processes
     micro = recipe.micro_batch_size or recipe.batch_size // processes
     if not micro or recipe.batch_size % (micro * processes):
         raise ValueError(
