@@ -359,3 +359,10 @@ def test_a_method_without_reference_drops_the_reference_of_the_source_but_not_th
     assert (recipe.reference, recipe.alpha, recipe.tau) == ("fixed", None, None)
     with pytest.raises(RecipeError, match="simpo has no reference"):
         Recipe.load("little-tldr", method="simpo", reference="soft")
+
+
+@pytest.mark.parametrize("batch, micro", [(8, 8), (100, 10), (7, 7), (64, 16), (48, 16)])
+def test_another_batch_size_lowers_the_micro_batch_of_the_source_to_a_divisor(batch, micro):
+    assert Recipe.load("little-tldr", batch_size=batch).micro_batch_size == micro
+    with pytest.raises(RecipeError, match="does not divide"):
+        Recipe.load("little-tldr", batch_size=batch, micro_batch_size=batch + 1)

@@ -137,7 +137,7 @@ class Recipe(BaseModel):
         derived = _derived(self.__dict__)
         self.__dict__.update({key: value for key, value in derived.items() if getattr(self, key) is None})
         method, reference, micro = self.method, self.reference, self.micro_batch_size or self.batch_size
-        divisor = max(n for n in range(1, min(micro, self.batch_size) + 1) if self.batch_size % n == 0)
+        divisor = _largest_divisor(self.batch_size, micro)
         rules = [
             (self.data is None,
              f"data is missing: model={self.model} is not an embedded world ({', '.join(WORLDS)}), so say"
@@ -173,7 +173,8 @@ class Recipe(BaseModel):
         A value of the source that equals its derived default is derived again, so it follows the overrides:
         lora_alpha a new lora_rank, output a new seed. alpha belongs to the kind of reference: the source's is
         dropped when an override changes `reference`; tau stays. A `method` without a reference drops the
-        source's reference, alpha and tau. Paths are relative to the working directory.
+        source's reference, alpha and tau; another `batch_size` lowers the source's micro_batch_size to what
+        divides it. Paths are relative to the working directory.
         """
         if isinstance(source, Recipe):
             settings, title = source.model_dump(), "recipe"
@@ -188,6 +189,9 @@ class Recipe(BaseModel):
         if overrides.get("method") in WITHOUT_REFERENCE:
             for key in ("reference", "alpha", "tau"):
                 settings.pop(key, None)
+        batch, micro = overrides.get("batch_size"), settings.get("micro_batch_size")
+        if isinstance(batch, int) and isinstance(micro, int) and batch > 0 < micro:
+            settings["micro_batch_size"] = _largest_divisor(batch, micro)
         try:
             return cls(**settings | overrides)
         except RecipeError as error:
@@ -251,6 +255,10 @@ class Recipe(BaseModel):
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     """`["alpha=0.6", "output=runs/1"]` as overrides for `Recipe.load`. Raises RecipeError."""
     return parse_assignments(arguments, Recipe.model_fields)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(n for n in range(1, min(number, limit) + 1) if number % n == 0)
 
 
 def _derived(settings: Mapping[str, Any]) -> dict[str, Any]:
