@@ -1,7 +1,7 @@
 """Which rows an optimizer step holds, in which order, and how a micro-batch of them becomes tensors.
 
-An optimizer step always holds the same `batch_size` rows of the seeded order, however they are cut into micro-batches
-or spread over processes: tau, the loss average and resuming depend on it.
+An optimizer step always holds the same `batch_size` rows of the seeded order, however they are cut into
+micro-batches or spread over processes: tau, the loss average and resuming depend on it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class StepStream(Dataset):
     def __init__(self, rows: list[dict], recipe: Recipe, steps: int):
         self.rows, self.recipe = rows, recipe
         epochs = math.ceil(steps * recipe.batch_size / len(rows))
-        order = [np.random.default_rng([recipe.seed, epoch]).permutation(len(rows)) for epoch in range(epochs)]
+        order = [
+            np.random.default_rng([recipe.seed, epoch]).permutation(len(rows)) for epoch in range(epochs)
+        ]
         order = np.concatenate(order)[: steps * recipe.batch_size]
         lengths = np.array([sum(len(ids) for ids in row.values() if isinstance(ids, list)) for row in rows])
         self.order, self.partners = np.empty_like(order), np.empty_like(order)
@@ -65,9 +67,9 @@ class StepStream(Dataset):
         prompts = [self.rows[i]["prompt_ids"] for i in step]
         if all(prompt == prompts[0] for prompt in prompts):
             raise ValueError(
-                f"method=kto: optimizer step {first // self.recipe.batch_size + 1} holds a single prompt, so no "
-                "completion of another prompt is there for the reference point z0. Use a batch_size of at "
-                "least 2 (better 8), and data with more than one prompt."
+                f"method=kto: optimizer step {first // self.recipe.batch_size + 1} holds a single prompt, "
+                "so no completion of another prompt is there for the reference point z0. "
+                "Use a batch_size of at least 2 (better 8), and data with more than one prompt."
             )
         n = len(step)
         return np.array(
@@ -78,8 +80,8 @@ class StepStream(Dataset):
 def collate_rows(rows: list[dict], method: str, pad_token_id: int) -> dict:
     """One micro-batch: `sequences` to score, and what the method needs beside them.
 
-    Paired methods: 2B sequences, all chosen, then all rejected. KTO: B sequences, `desirable` (B,), and `mismatched`,
-    the same prompts with completions of other prompts. SFT: B sequences.
+    Paired methods: 2B sequences, all chosen, then all rejected. KTO: B sequences, `desirable` (B,), and
+    `mismatched`, the same prompts with completions of other prompts. SFT: B sequences.
     """
     if method in PAIRED:
         pairs = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
@@ -87,5 +89,7 @@ def collate_rows(rows: list[dict], method: str, pad_token_id: int) -> dict:
     batch = {"sequences": collate([(row["prompt_ids"], row["completion_ids"]) for row in rows], pad_token_id)}
     if method == "kto":
         batch["desirable"] = torch.tensor([row["label"] for row in rows])
-        batch["mismatched"] = collate([(row["prompt_ids"], row["mismatched_ids"]) for row in rows], pad_token_id)
+        batch["mismatched"] = collate(
+            [(row["prompt_ids"], row["mismatched_ids"]) for row in rows], pad_token_id
+        )
     return batch

@@ -41,7 +41,7 @@ def converse(directory: Path, temperature: float, console: Console) -> None:
 
 
 def answer(run: Run, prompt, *, temperature: float = 1.0, seed: int = 0) -> dict[str, tuple[str, str]]:
-    """Each model's answer, and its log-ratio: how much likelier the policy makes it than the initial policy."""
+    """Each model's answer, and its log-ratio: log policy - log initial policy, in nats."""
     recipe, pad = run.recipe, run.tokenizer.pad_token_id
     models = {"initial": initial_policy(run.policy, recipe), "policy": nullcontext(run.policy)}
     if run.reference is not None:

@@ -1,8 +1,9 @@
-"""What a run needs in order to go on as if it had never stopped: policy, reference, their proof, and which is whole.
+"""What a run needs in order to go on as if it had never stopped: its policy, proof of it, and a seal.
 
-`Trainer` keeps optimizer, scheduler and random states. It does not keep the reference, and its own way back loads raw
-keys non-strictly: transformers saves GPT-NeoX's `lm_head` as `embed_out`, so the head would silently stay at its
-initial value. Here weights come back through `from_pretrained`'s key mapping and have to match a hash.
+`Trainer` keeps optimizer, scheduler and random states. It does not keep the reference, and its own way back
+loads raw keys non-strictly: transformers saves GPT-NeoX's `lm_head` as `embed_out`, so the head would
+silently stay at its initial value. Here weights come back through `from_pretrained`'s key mapping and have
+to match a hash.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 SEAL = "tralign.json"  # written last: a checkpoint folder without it was cut off while it was being written
-DAMAGED = "The folder was changed or damaged: delete it to resume from the checkpoint before, or start the run again."
+DAMAGED = "It was changed or damaged: delete it to resume from the checkpoint before, or start again."
 
 
 @contextmanager
 def quietly():
-    """No progress bars of transformers: saving and loading every few steps would tear the run's own bar apart."""
+    """No progress bars of transformers: they would tear the run's own bar apart at every checkpoint."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -48,8 +49,8 @@ def weight_hash(policy: torch.nn.Module) -> str:
 def start_hash(policy: torch.nn.Module) -> str:
     """SHA-256 of what a run begins from: the weights that training changes, and the frozen ones beside them.
 
-    Of a frozen tensor some 4096 numbers count, evenly spaced: another model differs there, too, and a large base is
-    not read in full.
+    Of a frozen tensor some 4096 numbers count, evenly spaced: another model differs there, too, and a large
+    base is not read in full.
     """
     digest = hashlib.sha256(weight_hash(policy).encode())
     for name, parameter in sorted(policy.named_parameters()):
@@ -72,19 +73,24 @@ def save_policy(policy: torch.nn.Module, folder: Path) -> None:
 
 
 def restore_policy(policy: torch.nn.Module, folder: Path) -> None:
-    """Load a checkpoint's weights into `policy`, in place; every key must fit and the hash must be the stored one."""
+    """Load a checkpoint's weights into `policy`; every key must fit and the hash must be the stored one."""
     folder = Path(folder)
     try:
         _load_weights(policy, folder)
     except SafetensorError as error:
         raise ValueError(f"{folder}: its weights cannot be read ({error}). {DAMAGED}") from error
     if weight_hash(policy) != read_seal(folder)["weights"]:
-        raise ValueError(f"{folder}: the weights that came back are not those that were saved (their hash differs). {DAMAGED}")
+        raise ValueError(
+            f"{folder}: the weights that came back are not those that were saved (their hash differs). "
+            f"{DAMAGED}"
+        )
 
 
 def _load_weights(policy: torch.nn.Module, folder: Path) -> None:
     if isinstance(policy, PeftModel):
-        result = set_peft_model_state_dict(policy, load_peft_weights(str(folder), device="cpu"), adapter_name="default")
+        result = set_peft_model_state_dict(
+            policy, load_peft_weights(str(folder), device="cpu"), adapter_name="default"
+        )
         missing = [key for key in result.missing_keys if ".default." in key]
         _refuse_mismatch(folder, missing, list(result.unexpected_keys))
     else:
@@ -115,13 +121,15 @@ def read_seal(folder: Path) -> dict:
 
 
 def checkpoints(directory: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first; folders that were cut off while being written are left out."""
+    """The whole checkpoints of a run, oldest first; folders that were cut off by a kill are left out."""
     found = Path(directory, "checkpoints").glob("checkpoint-*")
-    return sorted((f for f in found if (f / SEAL).is_file()), key=lambda folder: int(folder.name.split("-")[1]))
+    return sorted(
+        (f for f in found if (f / SEAL).is_file()), key=lambda folder: int(folder.name.split("-")[1])
+    )
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Delete checkpoints that were cut off: `Trainer` would count them among those it keeps, and delete a whole one."""
+    """Delete cut-off checkpoints: `Trainer` would count them among those it keeps, and delete a whole one."""
     for folder in Path(directory, "checkpoints").glob("checkpoint-*"):
         if not (folder / SEAL).is_file():
             shutil.rmtree(folder)

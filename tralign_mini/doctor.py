@@ -36,7 +36,7 @@ def examine() -> Findings:
             problems.append(f"{OPTIONAL.get(package, 'everything')} needs {package}: pip install {package}")
     if find_spec("kernels") is not None:
         problems.append(
-            "the package `kernels` is installed: bitsandbytes then fetches code from the Hub. Remove it"
+            "the package `kernels` is installed: bitsandbytes then fetches code. Remove it"
         )
 
     if torch.cuda.is_available():
@@ -53,7 +53,8 @@ def examine() -> Findings:
             )
         if torch.cuda.device_count() > 1:
             problems.append(
-                "one process uses one GPU; for all: torchrun --nproc-per-node=<GPUs> -m tralign_mini.cli train ..."
+                "one process uses one GPU; for all: "
+                "torchrun --nproc-per-node=<GPUs> -m tralign_mini.cli train ..."
             )
     else:
         facts["device"] = f"CPU, {torch.get_num_threads()} threads"

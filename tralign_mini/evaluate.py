@@ -1,8 +1,8 @@
 """Measuring a policy on its own samples: KL to the initial policy and to the reference, and the gold reward.
 
-KL(policy || other) is the mean over samples y ~ policy (temperature 1, no top-k or top-p) of log policy(y|x) / other(y|x),
-a sum over the tokens of the completion. Log-ratios on the *training* completions are something else: nobody sampled
-those from the policy.
+KL(policy || other) is the mean over samples y ~ policy (temperature 1, no top-k or top-p) of log
+policy(y|x) / other(y|x), a sum over the tokens of the completion. Log-ratios on the *training* completions
+are something else: nobody sampled those from the policy.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SCORED_AT_ONCE = 32  # sequences in one forward pass
 
 @contextmanager
 def initial_policy(policy: torch.nn.Module, recipe: Recipe):
-    """The policy that training began from: adapters switched back, or, for full fine-tuning, loaded from disk."""
+    """The policy that training began from: adapters switched back, or a full model loaded from disk."""
     if isinstance(policy, PeftModel):
         with using_initial(policy) as initial:
             yield initial
@@ -55,7 +55,7 @@ def sequence_logps(model: torch.nn.Module, sequences: list, pad_token_id: int) -
 
 
 class Evaluator:
-    """What stands in a row of metrics.jsonl every `eval_steps`: measured on the same held-out prompts each time."""
+    """What a row of metrics.jsonl gets every `eval_steps`: on the same held-out prompts each time."""
 
     def __init__(self, recipe: Recipe, tokenizer, prompts: list):
         self.recipe, self.tokenizer, self.prompts = recipe, tokenizer, prompts
@@ -91,14 +91,19 @@ class Evaluator:
         return row
 
 
-def write_samples(policy, recipe: Recipe, tokenizer, prompts: list, path: Path, *, seed: int, autocast=None) -> None:
-    """Answers of the initial policy and of the policy to the same prompts, side by side, as one JSON object a line."""
+def write_samples(
+    policy, recipe: Recipe, tokenizer, prompts: list, path: Path, *, seed: int, autocast=None
+) -> None:
+    """Answers of the initial policy and of the policy to the same prompts, one JSON object a line."""
     evaluator = Evaluator(recipe, tokenizer, prompts)
     with autocast or nullcontext():
         answers = {"policy": evaluator.sample(policy, seed).texts}
         with initial_policy(policy, recipe) as initial:
             answers["initial"] = evaluator.sample(initial, seed).texts
-    rows = [{"prompt": p, "initial": a, "policy": b} for p, a, b in zip(prompts, answers["initial"], answers["policy"])]
+    rows = [
+        {"prompt": p, "initial": a, "policy": b}
+        for p, a, b in zip(prompts, answers["initial"], answers["policy"])
+    ]
     if recipe.data in WORLDS:
         gold = {who: gold_reward(recipe.data, prompts, texts) for who, texts in answers.items()}
         for row, a, b in zip(rows, gold["initial"], gold["policy"]):

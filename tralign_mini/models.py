@@ -1,7 +1,8 @@
 """Load a policy: all its weights, LoRA or QLoRA, with the device and the precision that fit this machine.
 
 Trainable weights are float32 always. An AdamW step at a learning rate of 1e-6 is smaller than half a bfloat16
-ulp of most weights, so a policy stored in bfloat16 hardly moves; on a GPU the speed comes from autocast instead.
+ulp of most weights, so a policy stored in bfloat16 hardly moves; on a GPU the speed comes from autocast
+instead.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def is_adapter(name: str) -> bool:
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
-    """The dtype of the matrix products: bfloat16 where the GPU has it, float32 elsewhere, or what the recipe says."""
+    """The dtype of matrix products: what the recipe says, or bfloat16 where the GPU has it, else float32."""
     if recipe.dtype != "auto":
         return getattr(torch, recipe.dtype)
     on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -44,7 +45,8 @@ def load_tokenizer(name: str):
     tokenizer = _load(AutoTokenizer, path, name)
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"model={name!r}: its tokenizer has no end-of-sequence token, so a model could not learn where an answer "
+            f"model={name!r}: its tokenizer has no end-of-sequence token, so a model could not learn where "
+            f"an answer "
             "ends. Give the tokenizer an eos_token and save it again."
         )
     if tokenizer.pad_token_id is None:
@@ -55,15 +57,17 @@ def load_tokenizer(name: str):
 def load_policy(recipe: Recipe) -> PreTrainedModel | PeftModel:
     """The policy of a recipe, ready to be trained.
 
-    `tuning=full` gives a float32 model whose weights all require a gradient. `lora` and `qlora` give a `PeftModel` with
-    the trainable float32 adapter `default` on one base model (4-bit NF4 for `qlora`). When `model` is a PEFT folder,
-    training goes on from that adapter and a frozen copy, `initial`, stays beside it.
+    `tuning=full` gives a float32 model whose weights all require a gradient. `lora` and `qlora` give a
+    `PeftModel` with the trainable float32 adapter `default` on one base model (4-bit NF4 for `qlora`). When
+    `model` is a PEFT folder, training goes on from that adapter and a frozen copy, `initial`, stays beside
+    it.
     """
     adapter = is_adapter(recipe.model)
     if recipe.tuning == "full":
         if adapter:
             raise ValueError(
-                f"model={recipe.model!r} is a PEFT adapter, and tuning=full trains whole weights. Use tuning=lora (or "
+                f"model={recipe.model!r} is a PEFT adapter, and tuning=full trains whole weights. Use "
+                f"tuning=lora (or "
                 "qlora) to go on from the adapter, or merge it into its base first."
             )
         policy = load_base(recipe.model, torch.float32)

@@ -77,11 +77,13 @@ class Run:
         """The newest whole checkpoint."""
         found = checkpoints(self.directory)
         if not found:
-            raise ValueError(f"{self.directory} has no whole checkpoint yet: train it first, or go on with it (resume=true).")
+            raise ValueError(
+                f"{self.directory} has no whole checkpoint yet: train it, or go on (resume=true)."
+            )
         return found[-1]
 
     def held_out_prompts(self, count: int | None = None) -> list:
-        """The first `count` evaluation prompts (default: the recipe's `eval_prompts`); fewer if there are not as many.
+        """The first `count` evaluation prompts (default: the recipe's `eval_prompts`), if there are so many.
 
         None of them is in the rows that the run trained on.
         """
@@ -111,13 +113,13 @@ def load_reference(policy, recipe: Recipe):
 def load_rows(recipe: Recipe):
     """(training data set, held-out prompts, where the prompts come from); no prompt is in both.
 
-    The prompts are the first different ones of the test split. Data without one lose a tenth of their prompts, at most
-    `eval_prompts`, chosen by the seed, with all rows that begin with them.
+    The prompts are the first different ones of the test split. Data without one lose a tenth of their
+    prompts, at most `eval_prompts`, chosen by the seed, with all rows that begin with them.
     """
     train = load_dataset(recipe.data, "train")
     try:
         test, source = load_dataset(recipe.data, "test"), "the test split"
-    except ValueError as error:  # a damaged test split, or no network, is not the same as none
+    except (ValueError, ConnectionError) as error:  # a damaged test split, or no network, is not the same
         if not re.search("has no split|Unknown split", str(error)):
             raise
         test, source = None, "prompts taken out of the training data, which have no test split"
@@ -127,7 +129,10 @@ def load_rows(recipe: Recipe):
             known.setdefault(json.dumps(prompt), prompt)
     keys = list(known)
     if test is None:
-        keys = [keys[i] for i in np.random.default_rng(recipe.seed).permutation(len(keys))[: max(1, len(keys) // 10)]]
+        keys = [
+            keys[i]
+            for i in np.random.default_rng(recipe.seed).permutation(len(keys))[: max(1, len(keys) // 10)]
+        ]
     keys = keys[: recipe.eval_prompts]
     held_out = set(keys)
     kept = [i for i, prompt in enumerate(train["prompt"]) if json.dumps(prompt) not in held_out]
@@ -141,9 +146,10 @@ def load_rows(recipe: Recipe):
 def train(recipe, *, stop=None, **overrides) -> Run:
     """A whole run: load, train, measure, report. Returns the `Run`.
 
-    recipe: name of a shipped recipe, path of a YAML file or of a run, dict or `Recipe`; overrides: any of its settings.
-    stop: a `threading.Event`; once set, the run stops after the current step, with a checkpoint, ready for
-    `resume=True`. Everything of the run is in `run.directory`. Errors in the recipe, data or model are ValueErrors.
+    recipe: name of a shipped recipe, path of a YAML file or of a run, dict or `Recipe`; overrides: any of
+    its settings. stop: a `threading.Event`; once set, the run stops after the current step, with a
+    checkpoint, ready for `resume=True`. Everything of the run is in `run.directory`. Errors in the recipe,
+    data or model are ValueErrors.
     """
     if overrides.get("resume") and not isinstance(recipe, (Recipe, dict)) and Path(recipe).is_dir():
         overrides = {"output": str(recipe)} | overrides  # a run's directory may have been moved since
@@ -175,34 +181,52 @@ def train(recipe, *, stop=None, **overrides) -> Run:
     _refuse_too_long(policy, recipe, tokenizer, rows, prompts)
     reference = load_reference(policy, recipe)
     evaluator = Evaluator(recipe, tokenizer, prompts)
-    trainer = AlignmentTrainer(policy, reference, rows, recipe, tokenizer, directory, evaluate=evaluator, stop=stop)
+    trainer = AlignmentTrainer(
+        policy, reference, rows, recipe, tokenizer, directory, evaluate=evaluator, stop=stop
+    )
     if main and not resumed:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "data_report.json").write_text(json.dumps(data_report.to_dict(), indent=1))
         recipe.replace(resume=False).save(directory / "recipe.yaml.tmp")
-        os.replace(directory / "recipe.yaml.tmp", directory / "recipe.yaml")  # a run, from now on, and a whole one
+        os.replace(
+            directory / "recipe.yaml.tmp", directory / "recipe.yaml"
+        )  # a run, from now on, and a whole one
     checkpoint = _rewind(directory) if resumed else None
     if main and resumed:
-        print(f"resuming after step {checkpoint.name.split('-')[1]}" if checkpoint else "resuming from the beginning")
+        print(
+            f"resuming after step {checkpoint.name.split('-')[1]}"
+            if checkpoint
+            else "resuming from the beginning"
+        )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     run = Run(directory, policy.eval(), tokenizer, reference) if main else None
     if main and trainer.state.global_step == plan.steps:
         samples = directory / "samples.jsonl"
-        write_samples(policy, recipe, tokenizer, prompts, samples, seed=recipe.seed, autocast=trainer.accelerator.autocast())
+        write_samples(
+            policy,
+            recipe,
+            tokenizer,
+            prompts,
+            samples,
+            seed=recipe.seed,
+            autocast=trainer.accelerator.autocast(),
+        )
         run.report()
     return run
 
 
 def _refuse_too_long(policy, recipe: Recipe, tokenizer, rows: list[dict], prompts: list) -> None:
-    """A model with learnt or cached positions fails, or answers nonsense, beyond them: say so before training."""
+    """Beyond its positions a model fails or answers nonsense: say so before training."""
     positions = getattr(policy.config, "max_position_embeddings", None)
     asked = [len(prompt_ids(tokenizer, prompt, recipe.max_prompt_tokens)) for prompt in prompts]
     longest = max(asked + [len(row["prompt_ids"]) for row in rows])
     if positions and longest + recipe.max_completion_tokens > positions:
         raise ValueError(
-            f"the longest prompt has {longest} tokens, and with max_completion_tokens={recipe.max_completion_tokens} that "
-            f"is more than the {positions} positions of model={recipe.model}. Lower max_prompt_tokens or "
+            f"the longest prompt has {longest} tokens, and with "
+            f"max_completion_tokens={recipe.max_completion_tokens} that is more than the "
+            f"{positions} positions of model={recipe.model}. "
+            f"Lower max_prompt_tokens or "
             "max_completion_tokens."
         )
 
@@ -215,16 +239,16 @@ def _open_directory(directory: Path, recipe: Recipe) -> bool:
         return False
     if not recipe.resume:
         raise ValueError(
-            f"output={directory} already holds a run. Say resume=true to go on with it, or choose another output; "
-            "nothing was changed."
+            f"output={directory} already holds a run. Say resume=true to go on with it, or choose another "
+            "output; nothing was changed."
         )
     stored, wanted = Recipe.load(directory).model_dump(), recipe.model_dump()
     different = [key for key in stored if stored[key] != wanted[key] and key not in NOT_OF_THE_RUN]
     if different:
         changes = ", ".join(f"{key}: {stored[key]} then, {wanted[key]} now" for key in different)
         raise ValueError(
-            f"output={directory} holds a run with other settings ({changes}). A resumed run is the same run: give the "
-            "old settings, or another output for a new run."
+            f"output={directory} holds a run with other settings ({changes}). A resumed run is the same run: "
+            "give the old settings, or another output for a new run."
         )
     return True
 
@@ -236,7 +260,7 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def _rewind(directory: Path) -> Path | None:
-    """The last whole checkpoint; what was written after it is dropped: rows of metrics.jsonl, cut-off checkpoints."""
+    """The last whole checkpoint; rows of metrics.jsonl and cut-off checkpoints after it are dropped."""
     found = checkpoints(directory)
     step = int(found[-1].name.split("-")[1]) if found else 0
     path = directory / "metrics.jsonl"

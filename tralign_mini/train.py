@@ -1,8 +1,9 @@
 """Training with a moving reference policy: a `transformers.Trainer` whose reference follows the policy.
 
-TR-DPO, TR-IPO and TR-KTO (arXiv 2404.09656) are DPO, IPO and KTO with one more line: after an optimizer step that is
-due, reference <- alpha * policy + (1 - alpha) * reference. `TrustRegionCallback` is that line; the rest of this file
-makes an optimizer step mean the same thing however it is cut into micro-batches and spread over processes.
+TR-DPO, TR-IPO and TR-KTO (arXiv 2404.09656) are DPO, IPO and KTO with one more line: after an optimizer step
+that is due, reference <- alpha * policy + (1 - alpha) * reference. `TrustRegionCallback` is that line; the
+rest of this file makes an optimizer step mean the same thing however it is cut into micro-batches and
+spread over processes.
 """
 
 from __future__ import annotations
@@ -42,15 +43,18 @@ class TrustRegionCallback(TrainerCallback):
 class AlignmentTrainer(Trainer):
     """Preference training of `policy` against `reference`.
 
-    policy: causal language model or `PeftModel`; reference: `FrozenReference`, `AdapterReference`, or None for the
-    methods without one. rows: from `data.prepare`. evaluate: called as `evaluate(trainer, step)` every `eval_steps`
-    on the main process, returns numbers for the step's row. One row a step goes to `directory/metrics.jsonl`.
+    policy: causal language model or `PeftModel`; reference: `FrozenReference`, `AdapterReference`, or None
+    for the methods without one. rows: from `data.prepare`. evaluate: called as `evaluate(trainer, step)`
+    every `eval_steps` on the main process, returns numbers for the step's row. One row a step goes to
+    `directory/metrics.jsonl`.
     """
 
-    # The loss is divided by the whole step's batch_size here; Trainer must not divide by the accumulation again.
+    # The loss is divided by the whole step's batch_size; Trainer must not divide by the accumulation again.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, policy, reference, rows, recipe: Recipe, tokenizer, directory, *, evaluate=None, stop=None):
+    def __init__(
+        self, policy, reference, rows, recipe: Recipe, tokenizer, directory, *, evaluate=None, stop=None
+    ):
         self.policy, self.reference, self.recipe = policy, reference, recipe
         self.directory, self.evaluator = Path(directory), evaluate
         self.trust_region = recipe.trust_region()
@@ -68,8 +72,9 @@ class AlignmentTrainer(Trainer):
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                "FSDP and DeepSpeed are not supported yet: a sharded reference would have to be moved shard by shard. "
-                "Use one process, or several with DistributedDataParallel (torchrun), or tuning=qlora for memory."
+                "FSDP and DeepSpeed are not supported yet: a sharded reference would have to be moved "
+                "shard by shard. Use one process, or several with DistributedDataParallel (torchrun), or "
+                "tuning=qlora for memory."
             )
         self._sums: dict[str, list] = defaultdict(lambda: [0.0, 0.0])
         self._last_row, self._clock = 0, time.perf_counter()
@@ -80,7 +85,7 @@ class AlignmentTrainer(Trainer):
     # The loss.
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """All micro-batches of one optimizer step, with what has to be known about the whole step before the first."""
+        """All micro-batches of one optimizer step, each with what has to be known about the whole step."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [self._prepare_inputs(batch) for batch in batches]
         if self.recipe.method == "kto":
@@ -98,7 +103,7 @@ class AlignmentTrainer(Trainer):
     def _reference_point(self, batches: list[dict]) -> torch.Tensor:
         """KTO's z0: the mean log-ratio on mismatched completions over the whole step, clamped at 0, detached.
 
-        One pass without gradient over the step, gathered over processes before the clamp (arXiv 2402.01306, eq. 8).
+        One pass without gradient over the step, gathered over processes before the clamp (arXiv 2402.01306).
         """
         total = torch.zeros(2, device=self.args.device)
         for batch in batches:
@@ -125,7 +130,7 @@ class AlignmentTrainer(Trainer):
             return completion_logps(reference, sequences, average=self.average)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of one micro-batch: its sum over pairs, divided by the pairs of the whole optimizer step."""
+        """The loss of one micro-batch: its sum over pairs, divided by the pairs of the whole step."""
         recipe, sequences = self.recipe, inputs["sequences"]
         logps = model(**sequences)  # the wrapped module's forward: what DDP hooks on to
         reference_logps = self._reference_logps(sequences) if self.reference is not None else None
@@ -203,13 +208,13 @@ class AlignmentTrainer(Trainer):
     def _write_row(self, step: int, grad_norm, learning_rate) -> None:
         row = {"step": step, "epoch": round(step * self.recipe.batch_size / len(self.stream.rows), 6)}
         row |= self._gathered_means()
-        if self.recipe.method == "kto":  # its rows are not pairs: a difference of means, if the step has both kinds
+        if self.recipe.method == "kto":  # not pairs: a difference of means, if both kinds are there
             sides = row["rewards/chosen"], row["rewards/rejected"]
             row["rewards/margin"] = None if None in sides else sides[0] - sides[1]
         grad_norm = float(grad_norm)
         if not math.isfinite(row["loss"]) or not math.isfinite(grad_norm):
             raise FloatingPointError(
-                f"the loss of step {step} is {row['loss']}, the norm of its gradient {grad_norm}: training stops here, "
+                f"the loss of step {step} is {row['loss']}, its gradient norm {grad_norm}: training stops, "
                 "before it is saved, and the last checkpoint is kept. "
                 "Try a smaller learning_rate, a smaller max_grad_norm, or dtype=float32."
             )
@@ -249,7 +254,7 @@ class AlignmentTrainer(Trainer):
         """Trainer's own summary is left out: metrics.jsonl has everything."""
 
     def _gathered_means(self) -> dict[str, float]:
-        """Means over all micro-batches and processes of the step, in float64, and an empty slate for the next one."""
+        """Means over all micro-batches and processes of the step, in float64; empties the sums."""
         names = sorted(self._sums)
         sums = torch.tensor([[float(x) for x in self._sums[name]] for name in names], dtype=torch.float64)
         own = [name == "kto/z0" for name in names]  # gathered already, the same on every process
@@ -296,8 +301,8 @@ class AlignmentTrainer(Trainer):
             if seal["start"][name] != own:
                 value, what = getattr(self.recipe, name), {"model": "weights", "data": "tokenized rows"}[name]
                 raise ValueError(
-                    f"resume: what this run began from ({name}={value}) is not the same any more: its {what} have "
-                    "another hash. Put the old state back, or start a new run in another output folder."
+                    f"resume: what this run began from ({name}={value}) is not the same any more: its "
+                    f"{what} have another hash. Put the old state back, or start a new run in another output folder."
                 )
         restore_policy(self.policy, folder)
         if self.reference is not None:
@@ -311,14 +316,17 @@ def training_arguments(recipe: Recipe, directory: Path, steps: int) -> TrainingA
     micro = recipe.micro_batch_size or recipe.batch_size // processes
     if not micro or recipe.batch_size % (micro * processes):
         raise ValueError(
-            f"batch_size={recipe.batch_size} cannot be spread over {processes} process(es) in micro-batches of {micro}: "
+            f"batch_size={recipe.batch_size} cannot be spread over {processes} process(es) with "
+            f"micro_batch_size={micro}: "
             "it has to be a multiple of micro_batch_size * processes."
         )
     arguments = TrainingArguments(
         output_dir=str(directory / "checkpoints"),
         max_steps=steps,
         learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.lr_scheduler if recipe.lr_scheduler != "constant" else "constant_with_warmup",
+        lr_scheduler_type=recipe.lr_scheduler
+        if recipe.lr_scheduler != "constant"
+        else "constant_with_warmup",
         warmup_steps=recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
@@ -339,5 +347,5 @@ def training_arguments(recipe: Recipe, directory: Path, steps: int) -> TrainingA
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs in one process: DataParallel would scatter the pairs
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would scatter the pairs
     return arguments
