@@ -302,7 +302,7 @@ class AlignmentTrainer(Trainer):
                 value, what = getattr(self.recipe, name), {"model": "weights", "data": "tokenized rows"}[name]
                 raise ValueError(
                     f"resume: what this run began from ({name}={value}) is not the same any more: its "
-                    f"{what} have another hash. Put the old state back, or start a new run in another output folder."
+                    f"{what} have another hash. Put the old state back, or start a new run elsewhere."
                 )
         restore_policy(self.policy, folder)
         if self.reference is not None:
