@@ -32,11 +32,8 @@ def converse(directory: Path, temperature: float, console: Console) -> None:
         if typed == "example":
             console.print(Text(_shown(prompt), style="dim"))
         answers = answer(run, _as_messages(run, prompt), temperature=temperature, seed=seed)
-        panels = [
-            Panel(Text(text.strip()), title=f"{who} ({ratio})", width=38)
-            for who, (text, ratio) in answers.items()
-        ]
-        console.print(Columns(panels))
+        titled = {f"{who} ({ratio})": text.strip() for who, (text, ratio) in answers.items()}
+        console.print(Columns([Panel(Text(text), title=title, width=38) for title, text in titled.items()]))
         seed += 1
 
 
@@ -46,26 +43,16 @@ def answer(run: Run, prompt, *, temperature: float = 1.0, seed: int = 0) -> dict
     models = {"initial": initial_policy(run.policy, recipe), "policy": nullcontext(run.policy)}
     if run.reference is not None:
         models["reference"] = run.reference.using()
-    drawn = {}
+    drawn, limits = {}, {key: getattr(recipe, key) for key in ("max_prompt_tokens", "max_completion_tokens")}
     for who, context in models.items():
         with context as model:
-            drawn[who] = sample(
-                model,
-                run.tokenizer,
-                [prompt],
-                max_completion_tokens=recipe.max_completion_tokens,
-                max_prompt_tokens=recipe.max_prompt_tokens,
-                temperature=temperature,
-                seed=seed,
-            )
+            drawn[who] = sample(model, run.tokenizer, [prompt], temperature=temperature, seed=seed, **limits)
     sequences = [samples.sequences[0] for samples in drawn.values()]
     ratios = sequence_logps(run.policy, sequences, pad)
     with initial_policy(run.policy, recipe) as initial:
         ratios = ratios - sequence_logps(initial, sequences, pad)
-    return {
-        who: (samples.texts[0], f"{ratio:+.1f} nats")
-        for (who, samples), ratio in zip(drawn.items(), ratios.tolist())
-    }
+    ratios = [f"{ratio:+.1f} nats" for ratio in ratios.tolist()]
+    return {who: (samples.texts[0], ratio) for (who, samples), ratio in zip(drawn.items(), ratios)}
 
 
 def _ask(console: Console) -> str:
@@ -82,8 +69,6 @@ def _as_messages(run: Run, prompt):
 
 
 def _shown(prompt) -> str:
-    return (
-        prompt
-        if isinstance(prompt, str)
-        else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-    )
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

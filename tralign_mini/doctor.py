@@ -31,61 +31,50 @@ def examine() -> Findings:
 
     facts, problems = {"python": f"{platform.python_version()} on {platform.system()}"}, []
     for package in (*NEEDED, *OPTIONAL):
-        facts[package] = _version(package) or "not installed"
-        if facts[package] == "not installed":
+        found = _version(package)
+        facts[package] = found or "not installed"
+        if not found:
             problems.append(f"{OPTIONAL.get(package, 'everything')} needs {package}: pip install {package}")
     if find_spec("kernels") is not None:
-        problems.append(
-            "the package `kernels` is installed: bitsandbytes then fetches code. Remove it"
-        )
+        problems.append("the package `kernels` is installed: bitsandbytes then fetches code. Remove it")
 
+    threads, gpus, cores = torch.get_num_threads(), torch.cuda.device_count(), os.cpu_count()
     if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info())
         name = torch.cuda.get_device_properties(0).name
-        facts["device"] = (
-            f"{torch.cuda.device_count()} x {name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-        )
+        facts["device"] = f"{gpus} x {name}, {free:.1f} of {total:.1f} GiB free"
         bf16 = torch.cuda.is_bf16_supported()
         facts["dtype=auto"] = "bfloat16 autocast over float32 weights" if bf16 else "float32"
         if not bf16:
             problems.append(
                 "this GPU has no bfloat16: dtype=bfloat16 would fail or crawl; dtype=auto takes float32"
             )
-        if torch.cuda.device_count() > 1:
-            problems.append(
-                "one process uses one GPU; for all: "
-                "torchrun --nproc-per-node=<GPUs> -m tralign_mini.cli train ..."
-            )
+        if gpus > 1:
+            torchrun = "torchrun --nproc-per-node=<GPUs> -m tralign_mini.cli train ..."
+            problems.append(f"one process uses one GPU; for all: {torchrun}")
     else:
-        facts["device"] = f"CPU, {torch.get_num_threads()} threads"
-        facts["dtype=auto"] = "float32"
+        facts |= {"device": f"CPU, {threads} threads", "dtype=auto": "float32"}
         problems.append(
             "no GPU: the embedded worlds run well here; models over about 200 M parameters would take hours"
         )
-        if os.cpu_count() and torch.get_num_threads() > os.cpu_count():
-            problems.append(
-                f"more threads ({torch.get_num_threads()}) than cores: set OMP_NUM_THREADS={os.cpu_count()}"
-            )
+        if cores and threads > cores:
+            problems.append(f"more threads ({threads}) than cores: set OMP_NUM_THREADS={cores}")
     facts["memory"] = _memory()
 
-    offline = any(
-        os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
+    switches = [os.environ.get(name, "").upper() for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")]
+    offline = not {"1", "TRUE", "YES", "ON"}.isdisjoint(switches)
     facts["hub"] = "offline (HF_HUB_OFFLINE)" if offline else "asked only for models and data with a Hub name"
     for world in WORLDS:
         try:
             folder = data_directory(world)
-            missing = [
-                name for name in ("model", "train.jsonl.gz", "test.jsonl.gz") if not (folder / name).exists()
-            ]
-            facts[world] = str(folder)
-            if missing:
-                problems.append(
-                    f"{world}: {', '.join(missing)} missing in {folder}; install the package again"
-                )
         except FileNotFoundError as error:
             problems.append(str(error))
+            continue
+        facts[world] = str(folder)
+        wanted = ("model", "train.jsonl.gz", "test.jsonl.gz")
+        missing = ", ".join(name for name in wanted if not (folder / name).exists())
+        if missing:
+            problems.append(f"{world}: {missing} missing in {folder}; install the package again")
     return Findings(facts, problems)
 
 
@@ -98,9 +87,7 @@ def _version(package: str) -> str | None:
 
 def _memory() -> str:
     try:
-        page, pages, free = (
-            os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES")
-        )
+        page, pages, free = map(os.sysconf, ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
     except (ValueError, OSError, AttributeError):  # macOS has no SC_AVPHYS_PAGES, Windows no sysconf
         return "unknown"
     return f"{page * free / 2**30:.1f} of {page * pages / 2**30:.1f} GiB free"

@@ -12,15 +12,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from . import plots
-from .metrics import Interval
 from .plot_style import png
 from .record import Record
 
 SHOWN_PROMPTS, SHOWN_CHARACTERS = 5, 1500
 CAVEAT = "Intervals (95 %) cover the prompts only, not the seeds."
 NO_GOLD = (
-    "These data have no gold reward, so true quality was not measured: neither reward accuracy nor KL is "
-    "quality."
+    "These data have no gold reward, so true quality was not measured: "
+    "neither reward accuracy nor KL is quality."
 )
 CAPTIONS = {
     "gold": "Mean gold reward at the end, with 95 % intervals over the prompts",
@@ -34,18 +33,23 @@ CAPTIONS = {
 
 def curve_figures(history: pd.DataFrame, initial_gold: float) -> dict[str, Figure]:
     """The figures over steps and over KL for which something was measured."""
-    measured = {
-        name for name in ("kl/initial", "gold/reward") if history.get(name, pd.Series()).notna().any()
-    }
+    kl, gold = (plots.has(history, column) for column in ("kl/initial", "gold/reward"))
     initial_gold = None if np.isnan(initial_gold) else initial_gold
-    figures = {}
-    if "kl/initial" in measured:
-        figures["kl"] = plots.kl_curves(history)
-    if "gold/reward" in measured:
+    figures = {"kl": plots.kl_curves(history)} if kl else {}
+    if gold:
         figures["gold_over_steps"] = plots.gold_curves(history, initial_gold)
-    if len(measured) == 2:
+    if kl and gold:
         figures["overoptimization"] = plots.overoptimization(history, initial_gold)
     return figures
+
+
+def write_page(path: Path, parts: list[str]) -> Path:
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def warning_lines(warnings: list[str]) -> list[str]:
+    return [f"> **Warning.** {escape(warning)}" for warning in warnings]
 
 
 def save_figures(figures: dict[str, Figure], folder: Path) -> list[str]:
@@ -59,7 +63,7 @@ def save_figures(figures: dict[str, Figure], folder: Path) -> list[str]:
 def side_by_side(columns: Mapping[str, tuple[str, Record]]) -> list[str]:
     """The first prompts, and under each what every one of `columns` answered, with its gold reward."""
     _, record = next(iter(columns.values()))
-    text = []
+    text = ["## Samples", "The first prompts of the evaluation, not chosen; drawn at temperature 1."]
     for i, row in enumerate(record.samples[:SHOWN_PROMPTS]):
         prompt = row["prompt"]
         if not isinstance(prompt, str):
@@ -69,19 +73,13 @@ def side_by_side(columns: Mapping[str, tuple[str, Record]]) -> list[str]:
         ticks = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", prompt))])
         answers = []
         for who, of in columns.values():
-            sample = of.samples[i]
+            sample, answer = of.samples[i], of.samples[i][who]
             gold = f"**{sample[f'gold_{who}']:.2f}** " if f"gold_{who}" in sample else ""
-            answers.append(gold + (escape(_shortened(sample[who])) or "*(empty)*"))
-        text += [
-            f"### Prompt {i + 1}",
-            f"{ticks}text\n{prompt.strip()}\n{ticks}",
-            markdown_table([escape(name) for name in columns], [answers]),
-        ]
+            cut = " […]" if len(answer) > SHOWN_CHARACTERS else ""
+            answers.append(gold + (escape(answer[:SHOWN_CHARACTERS].strip() + cut) or "*(empty)*"))
+        text += [f"### Prompt {i + 1}", f"{ticks}text\n{prompt.strip()}\n{ticks}"]
+        text.append(markdown_table(map(escape, columns), [answers]))
     return text
-
-
-def _shortened(text: str) -> str:
-    return text.strip() if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS].strip() + " […]"
 
 
 def escape(text: str) -> str:
@@ -90,9 +88,9 @@ def escape(text: str) -> str:
     return "<br>".join(text.splitlines())
 
 
-def markdown_table(header: list[str], rows: Iterable) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def markdown_table(header: Iterable[str], rows: Iterable) -> str:
+    header = list(header)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
 
 
 def flat(report: Mapping, prefix: str = "") -> list[tuple[str, str]]:
@@ -111,6 +109,5 @@ def number(value: float) -> str:
     return "" if np.isnan(value) else f"{value:.2f}"
 
 
-def interval_text(interval: Interval) -> str:
-    value, low, high = interval
+def interval_text(value: float, low: float, high: float) -> str:
     return number(value) + ("" if np.isnan(low) else f" [{low:.2f}, {high:.2f}]")

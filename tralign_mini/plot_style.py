@@ -78,16 +78,9 @@ def shortened(name: str) -> str:
 def initial_line(ax: Axes, initial_gold: float | None) -> None:
     if initial_gold is not None:
         ax.axhline(initial_gold, color=COLORS["initial"], lw=1.4, ls=DASHES[1], zorder=1)
-        ax.annotate(
-            "initial policy",
-            (1, initial_gold),
-            xycoords=ax.get_yaxis_transform(),
-            xytext=(-2, 4),
-            textcoords="offset points",
-            ha="right",
-            fontsize=10.5,
-            color=COLORS["initial"],
-        )
+        look = {"xytext": (-2, 4), "textcoords": "offset points", "ha": "right", "fontsize": 10.5}
+        where = {"xy": (1, initial_gold), "xycoords": ax.get_yaxis_transform()}
+        ax.annotate("initial policy", **where, **look, color=COLORS["initial"])
 
 
 def say_missing(ax: Axes, what: str) -> None:

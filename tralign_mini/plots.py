@@ -17,24 +17,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .plot_style import (
-    COLORS,
-    DASHES,
-    FAINT,
-    INK,
-    MARKERS,
-    PALE,
-    STEP,
-    fit_steps,
-    initial_line,
-    label_ends,
-    new_figure,
-    say_missing,
-    shortened,
-    style_axes,
-)
+from . import plot_style
+from .plot_style import COLORS, DASHES, FAINT, INK, MARKERS, PALE, STEP, label_ends, new_figure, style_axes
 
 MOST_UPDATES_DRAWN = 40
+TRAINING = {  # title: label of the y axis, columns
+    "Loss": ("mean over the batch", ["loss"]),
+    "Reward margin": ("chosen − rejected", ["rewards/margin"]),
+    "Reward accuracy": ("share of pairs", ["rewards/accuracy"]),
+    "Log-probability of the completions": ("nats", ["logps/chosen", "logps/rejected"]),
+    "KTO reference point z0": ("nats", ["kto/z0"]),
+}
 # what a policy that equals its reference scores
 ZERO = {"rewards/margin": 0, "rewards/accuracy": 0.5, "kto/z0": 0}
 
@@ -42,69 +35,55 @@ ZERO = {"rewards/margin": 0, "rewards/accuracy": 0.5, "kto/z0": 0}
 def training_curves(history: pd.DataFrame) -> Figure:
     """Loss, reward margin and accuracy, log-probs (and KTO's z0) of one run over its steps; what was not
     logged is left out. Thin: each step. Bold: a running mean, which starts anew where the reference moves."""
-    panels = [
-        (title, label, columns)
-        for title, label, columns in (
-            ("Loss", "mean over the batch", ["loss"]),
-            ("Reward margin", "chosen − rejected", ["rewards/margin"]),
-            ("Reward accuracy", "share of pairs", ["rewards/accuracy"]),
-            ("Log-probability of the completions", "nats", ["logps/chosen", "logps/rejected"]),
-            ("KTO reference point z0", "nats", ["kto/z0"]),
-        )
-        if any(_has(history, column) for column in columns)
-    ]
+    panels = {title: [name for name in names if has(history, name)] for title, (_, names) in TRAINING.items()}
+    panels = {title: names for title, names in panels.items() if names}
     if not panels:
-        raise ValueError(
-            "The history holds none of loss, rewards/margin, rewards/accuracy, logps/chosen, "
-            f"logps/rejected, kto/z0. Its columns: {', '.join(map(str, history.columns))}."
-        )
+        known = ", ".join(name for _, names in TRAINING.values() for name in names)
+        columns = ", ".join(map(str, history.columns))
+        raise ValueError(f"The history holds none of {known}. Its columns: {columns}.")
     color, columns = COLORS[_kind(history)], min(len(panels), 2)
     rows = -(-len(panels) // columns)
     figure = new_figure(5.6 * columns, 3.2 * rows + 0.5)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
     for ax in axes[len(panels) :]:
         ax.remove()
-    window, stretches = max(len(history) // 20, 1), _stretches(history)
-    for i, (ax, (title, ylabel, names)) in enumerate(zip(axes, panels, strict=False)):
+    axes, window = axes[: len(panels)], max(len(history) // 20, 1)
+    for i, (ax, (title, names)) in enumerate(zip(axes, panels.items())):
         lowest = i >= len(panels) - columns
-        style_axes(ax, title, STEP if lowest else "", ylabel)
+        style_axes(ax, title, STEP if lowest else "", TRAINING[title][0])
         ax.xaxis.set_tick_params(labelbottom=lowest)
-        if names == ["rewards/accuracy"]:
+        if title == "Reward accuracy":
             ax.set_ylim(-0.02, 1.02)
         if names[0] in ZERO:
             ax.axhline(ZERO[names[0]], color="#BBBBBB", lw=1, zorder=1)
         ends = []
-        for name, dash in zip(names, DASHES, strict=False):
+        for name, dash in zip(names, DASHES):
             x, y = _points(history, name)
-            if len(x):
-                smooth = y if window == 1 else _running_mean(x, y, window, stretches)
-                ax.plot(x, y, color=color, lw=0.8, alpha=0.3 if window > 1 else 0, zorder=2)
-                marker = "o" if len(x) <= 15 else None
-                ax.plot(x, smooth, color=color, ls=dash, lw=2, zorder=3, marker=marker, ms=5)
-                ends.append((smooth[-1], name.split("/")[-1], color))
-        fit_steps(ax, history)
-        if len(names) > 1:
+            smooth, marker = _running_mean(x, y, window, _updates(history)), "o" if len(x) <= 15 else None
+            if window > 1:
+                ax.plot(x, y, color=color, lw=0.8, alpha=0.3, zorder=2)
+            ax.plot(x, smooth, color=color, ls=dash, lw=2, zorder=3, marker=marker, ms=5)
+            ends.append((smooth[-1], name.split("/")[-1], color))
+        plot_style.fit_steps(ax, history)
+        if len(TRAINING[title][1]) > 1:
             label_ends(ax, ends)
-    _remark(figure, [f"bold: mean over {window} steps"] if window > 1 else [], axes[: len(panels)], history)
+    _remark(figure, [f"bold: mean over {window} steps"] if window > 1 else [], axes, history)
     return figure
 
 
 def kl_curves(history: pd.DataFrame) -> Figure:
     """KL to the initial policy and to the reference over the steps, on the policy's own samples; a method
     without a reference gets the first panel alone."""
-    panels = {"kl/initial": "KL to the initial policy", "kl/reference": "KL to the reference"}
-    if not _has(history, "kl/reference"):
-        del panels["kl/reference"]
+    panels = {"kl/initial": "KL to the initial policy"}
+    if has(history, "kl/reference"):
+        panels["kl/reference"] = "KL to the reference"
     figure = new_figure(5.6 * len(panels), 3.9)
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-    for ax, column in zip(axes, panels, strict=True):
-        style_axes(ax, panels[column], STEP, "nats per completion")
+    for ax, title in zip(axes, panels.values()):
+        style_axes(ax, title, STEP, "nats per completion")
         ax.yaxis.set_tick_params(labelleft=True)
         ax.axhline(0, color="#BBBBBB", lw=1, zorder=1)
-        _curves(ax, history, column)
-    for ax, column in zip(axes, panels, strict=True):
-        _label_curves(ax, history, column)  # after both were drawn: they share their limits
-    _remark(figure, [], axes, history)
+    _curves(figure, dict(zip(panels, axes)), history)
     return figure
 
 
@@ -113,10 +92,8 @@ def gold_curves(history: pd.DataFrame, initial_gold: float | None = None) -> Fig
     figure = new_figure(7.6, 4.3)
     ax = figure.subplots()
     style_axes(ax, "True quality over training", STEP, "gold reward")
-    initial_line(ax, initial_gold)
-    _curves(ax, history, "gold/reward")
-    _label_curves(ax, history, "gold/reward")
-    _remark(figure, [], [ax], history)
+    plot_style.initial_line(ax, initial_gold)
+    _curves(figure, {"gold/reward": ax}, history)
     return figure
 
 
@@ -129,10 +106,9 @@ def overoptimization(history: pd.DataFrame, initial_gold: float | None = None) -
     """
     figure = new_figure(7.6, 4.8)
     ax = figure.subplots()
-    style_axes(
-        ax, "True quality against distance", "distance from the initial policy, √KL (√nats)", "gold reward"
-    )
-    initial_line(ax, initial_gold)
+    xlabel = "distance from the initial policy, √KL (√nats)"
+    style_axes(ax, "True quality against distance", xlabel, "gold reward")
+    plot_style.initial_line(ax, initial_gold)
     handles = []
     for name, kind, dash, marker, rows in _runs(history):
         rows = rows.reindex(columns=["step", "kl/initial", "gold/reward"]).dropna().sort_values("step")
@@ -141,24 +117,16 @@ def overoptimization(history: pd.DataFrame, initial_gold: float | None = None) -
         x, y = np.sqrt(rows["kl/initial"].clip(lower=0)).to_numpy(), rows["gold/reward"].to_numpy()
         if initial_gold is not None:
             ax.plot([0, x[0]], [initial_gold, y[0]], color=COLORS[kind], lw=1.2, alpha=0.35, zorder=2)
-        ax.plot(
-            x, y, color=COLORS[kind], ls=dash, lw=1.8, marker=marker, ms=4.5, mec="white", mew=0.6, zorder=3
-        )
-        ax.plot(x[-1], y[-1], color=COLORS[kind], marker=marker, ms=11, mec="white", mew=1.5, zorder=4)
-        look = {"color": COLORS[kind], "ls": dash, "lw": 2, "marker": marker, "ms": 8, "mec": "white"}
-        handles.append(Line2D([], [], label=shortened(name), **look))
+        look = {"color": COLORS[kind], "marker": marker, "mec": "white"}
+        ax.plot(x, y, ls=dash, lw=1.8, ms=4.5, mew=0.6, zorder=3, **look)
+        ax.plot(x[-1], y[-1], ms=11, mew=1.5, zorder=4, **look)
+        handles.append(Line2D([], [], label=plot_style.shortened(name), ls=dash, lw=2, ms=8, **look))
     if not handles:
-        say_missing(ax, "kl/initial with gold/reward")
+        plot_style.say_missing(ax, "kl/initial with gold/reward")
     elif "run" in history:
-        figure.legend(
-            handles=handles,
-            loc="outside lower left",
-            ncols=min(len(handles), 4 if max(len(handle.get_label()) for handle in handles) <= 12 else 2),
-            frameon=False,
-            fontsize=12,
-            labelcolor=INK,
-            handlelength=2.6,
-        )
+        columns = 4 if max(len(handle.get_label()) for handle in handles) <= 12 else 2
+        look = {"frameon": False, "fontsize": 12, "labelcolor": INK, "handlelength": 2.6}
+        figure.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), columns), **look)
     if initial_gold is not None:
         ax.plot(0, initial_gold, color=COLORS["initial"], marker="o", ms=9, mec="white", mew=1.5, zorder=4)
     ax.set_xlim(left=-0.01 * ax.get_xlim()[1])  # a line that starts at 0 is seen whole
@@ -197,7 +165,8 @@ def intervals(
     return figure
 
 
-def _has(history: pd.DataFrame, column: str) -> bool:
+def has(history: pd.DataFrame, column: str) -> bool:
+    """Whether a column was measured at least once."""
     return column in history and history[column].notna().any()
 
 
@@ -211,7 +180,7 @@ def _kind(history: pd.DataFrame) -> str:
         return history["reference"].iloc[0]
     if not len(_updates(history)):
         return "fixed"
-    return "hard" if _has(history, "alpha") and history["alpha"].dropna().iloc[-1] == 1 else "soft"
+    return "hard" if has(history, "alpha") and history["alpha"].dropna().iloc[-1] == 1 else "soft"
 
 
 def _updates(history: pd.DataFrame) -> np.ndarray:
@@ -220,15 +189,10 @@ def _updates(history: pd.DataFrame) -> np.ndarray:
     return steps[np.diff(counts, prepend=0) > 0]
 
 
-def _stretches(history: pd.DataFrame) -> np.ndarray:
-    """Ends of the stretches that a running mean must not bridge: margins jump where the reference moves."""
-    moved = _updates(history)
-    return moved if len(moved) <= MOST_UPDATES_DRAWN else moved[:0]
-
-
-def _running_mean(x: np.ndarray, y: np.ndarray, window: int, stretches: np.ndarray) -> np.ndarray:
-    rolling = pd.Series(y).groupby(np.searchsorted(stretches, x)).rolling(window, center=True, min_periods=1)
-    return rolling.mean().to_numpy()
+def _running_mean(x: np.ndarray, y: np.ndarray, window: int, moved: np.ndarray) -> np.ndarray:
+    """It does not bridge updates, where margins jump, unless these are too many to leave a mean."""
+    stretch = np.searchsorted(moved if len(moved) <= MOST_UPDATES_DRAWN else [], x)
+    return pd.Series(y).groupby(stretch).rolling(window, center=True, min_periods=1).mean().to_numpy()
 
 
 def _runs(history: pd.DataFrame) -> Iterator[tuple[str, str, object, str, pd.DataFrame]]:
@@ -240,31 +204,32 @@ def _runs(history: pd.DataFrame) -> Iterator[tuple[str, str, object, str, pd.Dat
         yield str(name), kind, DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)], rows
 
 
-def _curves(ax: Axes, history: pd.DataFrame, column: str) -> None:
-    """One line a run through its evaluations."""
-    for _, kind, dash, marker, rows in _runs(history):
-        x, y = _points(rows, column)
-        look = {"color": COLORS[kind], "ls": dash, "lw": 2, "marker": marker, "mec": "white", "mew": 0.6}
-        ax.plot(x, y, ms=5.5 if len(x) <= 40 else 0, zorder=3, **look)
-    fit_steps(ax, history)
-
-
-def _label_curves(ax: Axes, history: pd.DataFrame, column: str) -> None:
-    ends = [(_points(rows, column)[1], name, COLORS[kind]) for name, kind, _, _, rows in _runs(history)]
-    ends = [(y[-1], name, color) for y, name, color in ends if len(y)]
-    if not ends:
-        say_missing(ax, column)
-    elif "run" in history:
-        label_ends(ax, ends)
+def _curves(figure: Figure, axes: dict[str, Axes], history: pd.DataFrame) -> None:
+    """One line a run through its evaluations in the axes of each column, and then the names: the axes share
+    their limits."""
+    ends = {column: [] for column in axes}
+    for column, ax in axes.items():
+        for name, kind, dash, marker, rows in _runs(history):
+            x, y = _points(rows, column)
+            look = {"color": COLORS[kind], "ls": dash, "lw": 2, "marker": marker, "mec": "white", "mew": 0.6}
+            ax.plot(x, y, ms=5.5 if len(x) <= 40 else 0, zorder=3, **look)
+            ends[column] += [(y[-1], name, COLORS[kind])] if len(y) else []
+        plot_style.fit_steps(ax, history)
+    for column, ax in axes.items():
+        if not ends[column]:
+            plot_style.say_missing(ax, column)
+        elif "run" in history:
+            label_ends(ax, ends[column])
+    _remark(figure, [], axes.values(), history)
 
 
 def _remark(figure: Figure, remarks: list[str], axes, history: pd.DataFrame) -> None:
     """The small print; for a single run also where the reference moved (dotted), or how often."""
     moved = _updates(history) if "run" not in history else []
     if len(moved) > MOST_UPDATES_DRAWN:
-        remarks = remarks + [f"the reference moved {len(moved)} times"]
+        remarks.append(f"the reference moved {len(moved)} times")
     elif len(moved):
-        remarks = remarks + ["dotted: the reference moves"]
+        remarks.append("dotted: the reference moves")
         for ax in axes:
             for step in moved:
                 ax.axvline(step, color="#A8A8A8", lw=1, ls=(0, (1, 2.5)), zorder=0)

@@ -29,10 +29,13 @@ class Record:
     @property
     def kind(self) -> str:
         """Its reference: "fixed", "soft", "hard", or "none"; "initial" for SFT: it makes initial policies."""
-        method = self.recipe["method"]
-        if method in WITHOUT_REFERENCE:
-            return "initial" if method == "sft" else "none"
-        return self.recipe["reference"]
+        if self.has_reference:
+            return self.recipe["reference"]
+        return "initial" if self.recipe["method"] == "sft" else "none"
+
+    @property
+    def has_reference(self) -> bool:
+        return self.recipe["method"] not in WITHOUT_REFERENCE
 
     @property
     def moves(self) -> bool:
@@ -70,20 +73,16 @@ class Record:
     def numbers(self, who: str) -> dict[str, float]:
         """gold, low, high, self_bleu, length (words) of "initial" or "policy"; NaN: not measured."""
         gold, texts = self.column(f"gold_{who}"), self.column(who)
-        value, low, high = mean_interval(gold) if gold else UNKNOWN
         return {
-            "gold": value,
-            "low": low,
-            "high": high,
+            **dict(zip(("gold", "low", "high"), mean_interval(gold) if gold else UNKNOWN)),
             "self_bleu": self_bleu(texts) if len(texts) > 1 else np.nan,
             "length": float(np.mean([len(text.split()) for text in texts])) if texts else np.nan,
         }
 
     def gain(self) -> Interval:
         """Gold reward of the policy minus that of the initial policy, prompt by prompt."""
-        pairs = zip(self.column("gold_policy"), self.column("gold_initial"), strict=True)
-        differences = [policy - initial for policy, initial in pairs]
-        return mean_interval(differences) if differences else UNKNOWN
+        gold = self.column("gold_policy")
+        return mean_interval(np.subtract(gold, self.column("gold_initial"))) if gold else UNKNOWN
 
     def against_initial(self) -> Interval:
         """Win rate of the policy against the initial policy by gold reward, prompt by prompt."""
@@ -117,23 +116,19 @@ def read(run) -> Record:
             f"{directory} is not the directory of a run: it has no {' and no '.join(missing)}. Give the "
             "`output` of a recipe; a run that has just started has no metrics.jsonl yet."
         )
-    history = _json_lines(directory / "metrics.jsonl")
-    if not history:
+    history = pd.DataFrame(_json_lines(directory / "metrics.jsonl"))
+    if history.empty:
         raise ValueError(f"{directory / 'metrics.jsonl'} is empty: the run has not finished its first step.")
-    samples, data_report = directory / "samples.jsonl", directory / "data_report.json"
-    return Record(
-        directory,
-        Recipe.load(directory).model_dump(),
-        pd.DataFrame(history),
-        _json_lines(samples) if samples.is_file() else [],
-        json.loads(data_report.read_text(encoding="utf-8")) if data_report.is_file() else {},
-    )
+    report = directory / "data_report.json"
+    data_report = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    recipe, samples = Recipe.load(directory).model_dump(), _json_lines(directory / "samples.jsonl")
+    return Record(directory, recipe, history, samples, data_report)
 
 
 def _json_lines(path: Path) -> list[dict]:
     """One object a line; a last line without its newline was cut off by a kill and does not count."""
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
     rows = []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))

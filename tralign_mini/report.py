@@ -6,20 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from . import plots
-from .metrics import Interval
-from .pages import (
-    CAVEAT,
-    NO_GOLD,
-    curve_figures,
-    escape,
-    flat,
-    interval_text,
-    markdown_table,
-    number,
-    save_figures,
-    side_by_side,
-)
+from . import pages, plots
+from .pages import escape, interval_text, markdown_table, number
 from .record import Record, read
 
 
@@ -28,28 +16,18 @@ def report(run) -> Path:
     record = read(run)
     initial = record.numbers("initial")
     title = f"# {record.method} on {escape(Path(record.recipe['data']).name)}"
-    text = [f"{title}, {record.kind} reference" if record.moves or record.kind == "fixed" else title]
-    text += [f"> **Warning.** {escape(warning)}" for warning in record.warnings()]
-    text += [
-        "## Plan",
-        markdown_table(["setting", "value"], _plan(record)),
-        "## Result",
-        *_result(record, initial),
-    ]
-    figures = {"training": plots.training_curves(record.history.assign(reference=record.kind))}
-    figures |= curve_figures(record.history.assign(reference=record.kind), initial["gold"])
-    text += ["## Figures", *save_figures(figures, record.directory)]
+    text = [f"{title}, {record.kind} reference" if record.has_reference else title]
+    text += pages.warning_lines(record.warnings())
+    text += ["## Plan", markdown_table(["setting", "value"], _plan(record))]
+    text += ["## Result", *_result(record, initial)]
+    history = record.history.assign(reference=record.kind)
+    figures = {"training": plots.training_curves(history)} | pages.curve_figures(history, initial["gold"])
+    text += ["## Figures", *pages.save_figures(figures, record.directory)]
     if record.data_report:
-        text += ["## Data", markdown_table(["what became of the data", ""], flat(record.data_report))]
+        text += ["## Data", markdown_table(["what became of the data", ""], pages.flat(record.data_report))]
     if record.samples:
-        text += [
-            "## Samples",
-            "The first prompts of the evaluation, not chosen; drawn at temperature 1.",
-            *side_by_side({"initial policy": ("initial", record), "policy": ("policy", record)}),
-        ]
-    path = record.directory / "report.md"
-    path.write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    return path
+        text += pages.side_by_side({"initial policy": ("initial", record), "policy": ("policy", record)})
+    return pages.write_page(record.directory / "report.md", text)
 
 
 def _plan(record: Record) -> list[tuple[str, str]]:
@@ -57,7 +35,7 @@ def _plan(record: Record) -> list[tuple[str, str]]:
     method = recipe["method"]
     if method != "sft":
         method += f", beta {recipe['beta']:g}, {recipe['logps']} of log-probs over tokens"
-    reference = {"fixed": "fixed at the initial policy", "none": "none", "initial": "none"}.get(record.kind)
+    reference = "fixed at the initial policy" if record.has_reference else "none"
     if record.moves:
         reference = (
             f"{record.kind}: every {recipe['tau']} steps {recipe['alpha']:g} policy + "
@@ -77,36 +55,28 @@ def _plan(record: Record) -> list[tuple[str, str]]:
 
 def _result(record: Record, initial: dict[str, float]) -> list[str]:
     policy, gain = record.numbers("policy"), record.gain()
+    golds = [interval_text(who["gold"], who["low"], who["high"]) for who in (initial, policy)]
+    bleus, words = ([number(who[name]) for who in (initial, policy)] for name in ("self_bleu", "length"))
     rows = [
-        (
-            "gold reward",
-            *(interval_text(Interval(who["gold"], who["low"], who["high"])) for who in (initial, policy)),
-        ),
-        ("gold reward, policy − initial, prompt by prompt", "", interval_text(gain)),
-        ("win rate against the initial policy, ties half", "", interval_text(record.against_initial())),
+        ("gold reward", *golds),
+        ("gold reward, policy − initial, prompt by prompt", "", interval_text(*gain)),
+        ("win rate against the initial policy, ties half", "", interval_text(*record.against_initial())),
         ("KL to the initial policy, nats a completion", "", number(record.last("kl/initial"))),
         ("KL to the reference, nats a completion", "", number(record.last("kl/reference"))),
-        (
-            "Self-BLEU (n = 3), 0 all different, 1 all equal",
-            number(initial["self_bleu"]),
-            number(policy["self_bleu"]),
-        ),
-        ("words a completion", number(initial["length"]), number(policy["length"])),
+        ("Self-BLEU (n = 3), 0 all different, 1 all equal", *bleus),
+        ("words a completion", *words),
         ("tokens a completion", "", number(record.last("length/completion"))),
         ("reward accuracy on training pairs, last tenth of the steps", "", number(record.accuracy())),
     ]
     text = [markdown_table(["", "initial policy", "policy"], [row for row in rows if row[-1]])]
     if np.isnan(policy["gold"]):
-        text.append(NO_GOLD if record.samples else "The final policy was not sampled.")
+        text.append(pages.NO_GOLD if record.samples else "The final policy was not sampled.")
     elif gain.low > 0 or gain.high < 0:
-        direction = "higher" if gain.low > 0 else "lower"
-        text.append(
-            f"On these prompts the policy's mean gold reward is {direction} than the initial policy's."
-        )
+        than = f"{'higher' if gain.low > 0 else 'lower'} than the initial policy's"
+        text.append(f"On these prompts the policy's mean gold reward is {than}.")
     else:
-        text.append(
-            "These prompts show no difference in gold reward between the policy and the initial policy."
-        )
+        both = "the policy and the initial policy"
+        text.append(f"These prompts show no difference in gold reward between {both}.")
     gold = record.history.reindex(columns=["step", "gold/reward"]).dropna()
     if len(gold) > 1 and gold["gold/reward"].idxmax() != gold.index[-1]:
         (step, best), (end, last) = gold.loc[gold["gold/reward"].idxmax()], gold.iloc[-1]
@@ -114,8 +84,7 @@ def _result(record: Record, initial: dict[str, float]) -> list[str]:
             f"Highest on the way: {best:.2f} at step {int(step)}, against {last:.2f} at step {int(end)}. "
             f"The highest of {len(gold)} noisy values flatters."
         )
-    scale = (
-        f"{record.steps} optimizer steps of {record.recipe['batch_size']}, {escape(record.recipe['model'])}"
-    )
-    text.append(f"One seed ({record.recipe['seed']}), {len(record.samples)} prompts, {scale}. {CAVEAT}")
+    recipe, prompts = record.recipe, f"{len(record.samples)} prompts"
+    scale = f"{record.steps} optimizer steps of {recipe['batch_size']}, {escape(recipe['model'])}"
+    text.append(f"One seed ({recipe['seed']}), {prompts}, {scale}. {pages.CAVEAT}")
     return text

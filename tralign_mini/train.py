@@ -215,8 +215,8 @@ class AlignmentTrainer(Trainer):
         if not math.isfinite(row["loss"]) or not math.isfinite(grad_norm):
             raise FloatingPointError(
                 f"the loss of step {step} is {row['loss']}, its gradient norm {grad_norm}: training stops, "
-                "before it is saved, and the last checkpoint is kept. "
-                "Try a smaller learning_rate, a smaller max_grad_norm, or dtype=float32."
+                "before it is saved, and the last checkpoint is kept. Try a smaller learning_rate or "
+                "max_grad_norm, or dtype=float32."
             )
         if self.reference is not None:
             fixed = self.trust_region.kind == "fixed"
@@ -267,7 +267,6 @@ class AlignmentTrainer(Trainer):
         return {"loss": means.pop("loss"), **means}
 
     # Checkpoints.
-
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save:
             save_policy(self.policy, Path(output_dir))
@@ -301,8 +300,8 @@ class AlignmentTrainer(Trainer):
             if seal["start"][name] != own:
                 value, what = getattr(self.recipe, name), {"model": "weights", "data": "tokenized rows"}[name]
                 raise ValueError(
-                    f"resume: what this run began from ({name}={value}) is not the same any more: its "
-                    f"{what} have another hash. Put the old state back, or start a new run elsewhere."
+                    f"resume: what this run began from ({name}={value}) is not the same any more: its {what} "
+                    "have another hash. Put the old state back, or start a new run elsewhere."
                 )
         restore_policy(self.policy, folder)
         if self.reference is not None:
