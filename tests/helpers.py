@@ -143,6 +143,18 @@ def random_rows(method: str, count: int = 24, prompts: int | None = None, seed: 
              "rejected_ids": [*ids(1, 6), EOS]} for i in range(count)]
 
 
+def unpacked(batch: dict) -> list[tuple[list[int], list[int]]]:
+    """The (prompt_ids, completion_ids) that a batch scores, whole sequences or packed rows, in its order."""
+    if "position_ids" not in batch:
+        rows = zip(batch["input_ids"], batch["attention_mask"].bool(), batch["completion_mask"], strict=True)
+        return [(ids[attended & ~counted].tolist(), ids[counted].tolist()) for ids, attended, counted in rows]
+    out, rows = [], batch["input_ids"].flatten()
+    for source, target, counted in zip(batch["source"], batch["target"], batch["counted"], strict=True):
+        group = batch["group"].flatten() == batch["group"].flatten()[source[0]]
+        out.append((rows[group & (batch["branch"].flatten() == 0)].tolist(), target[counted].tolist()))
+    return out
+
+
 def make_trainer(directory: Path, *, policy=None, reference_model=None, rows=None, evaluate=None, **settings):
     """An `AlignmentTrainer` on a tiny GPT-NeoX in memory; `reference_model` defaults to a copy of it."""
     from tralign_mini.recipe import WITHOUT_REFERENCE, Recipe

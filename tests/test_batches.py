@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import EOS, PAD, make_trainer, random_rows
+from helpers import EOS, PAD, make_trainer, random_rows, unpacked
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,11 +52,10 @@ def test_an_optimizer_step_holds_the_same_rows_however_it_is_cut(method, tmp_pat
             batches = [next(loader) for _ in range(8 // micro)]
             found.append(
                 Counter(
-                    tuple(ids[mask.bool()].tolist())
+                    (tuple(prompt), tuple(completion))
                     for batch in batches
-                    for part in batch.values()
-                    if isinstance(part, dict)
-                    for ids, mask in zip(part["input_ids"], part["attention_mask"], strict=True)
+                    for name in batch.keys() & {"sequences", "mismatched"}
+                    for prompt, completion in unpacked(batch[name])
                 )
             )
         return found
@@ -114,19 +113,6 @@ def test_the_hash_knows_every_token_and_the_order():
     assert len(set(hashes)) == 3
 
 
-def sequences(batch):
-    return [
-        ids[mask.bool()].tolist()
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
-
-
-def completions(batch):
-    return [
-        ids[mask].tolist() for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
-    ]
-
-
 def test_pairs_are_collated_chosen_first_then_rejected():
     rows = [
         {"prompt_ids": [5, 6], "chosen_ids": [7, EOS], "rejected_ids": [8]},
@@ -134,8 +120,20 @@ def test_pairs_are_collated_chosen_first_then_rejected():
     ]
     batch = collate_rows(rows, "dpo", PAD)
     assert batch.keys() == {"sequences"}
-    assert sequences(batch["sequences"]) == [[5, 6, 7, EOS], [9, 10], [5, 6, 8], [9, 11, 12, EOS]]
-    assert completions(batch["sequences"]) == [[7, EOS], [10], [8], [11, 12, EOS]]
+    assert unpacked(batch["sequences"]) == [([5, 6], [7, EOS]), ([9], [10]), ([5, 6], [8]), ([9], [11, 12, EOS])]
+
+
+def test_with_a_limit_the_same_completions_share_their_prompts():
+    rows = random_rows("dpo", 6)
+    plain = collate_rows(rows, "dpo", PAD)["sequences"]
+    shared = collate_rows(rows, "dpo", PAD, hidden_size=32, limit=40)["sequences"]
+    assert "position_ids" in shared and "position_ids" not in plain
+    assert unpacked(shared) == unpacked(plain)
+
+
+def test_reference_log_probs_of_a_row_follow_its_completions():
+    rows = [row | {"reference_logps": [-i, -10 - i]} for i, row in enumerate(random_rows("dpo", 3))]
+    assert collate_rows(rows, "dpo", PAD)["reference_logps"].tolist() == [0, -1, -2, -10, -11, -12]
 
 
 def test_kto_rows_are_collated_with_their_labels_and_mismatched_completions():
@@ -144,13 +142,15 @@ def test_kto_rows_are_collated_with_their_labels_and_mismatched_completions():
         {"prompt_ids": [9], "completion_ids": [8], "label": False, "mismatched_ids": [7, EOS]},
     ]
     batch = collate_rows(rows, "kto", PAD)
-    assert sequences(batch["sequences"]) == [[5, 7, EOS], [9, 8]]
-    assert sequences(batch["mismatched"]) == [[5, 8], [9, 7, EOS]]
-    assert completions(batch["mismatched"]) == [[8], [7, EOS]]
+    assert unpacked(batch["sequences"]) == [([5], [7, EOS]), ([9], [8])]
+    assert unpacked(batch["mismatched"]) == [([5], [8]), ([9], [7, EOS])]
+    shared = collate_rows(rows, "kto", PAD, hidden_size=32, limit=40)
+    assert unpacked(shared["sequences"]) == unpacked(batch["sequences"]) + unpacked(batch["mismatched"])
+    assert "mismatched" not in shared
     assert batch["desirable"].tolist() == [True, False] and batch["desirable"].dtype == torch.bool
 
 
 def test_demonstrations_are_collated_as_they_are():
     batch = collate_rows([{"prompt_ids": [5], "completion_ids": [7, EOS]}], "sft", PAD)
     assert batch.keys() == {"sequences"}
-    assert completions(batch["sequences"]) == [[7, EOS]]
+    assert unpacked(batch["sequences"]) == [([5], [7, EOS])]

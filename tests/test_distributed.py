@@ -21,7 +21,7 @@ from tralign_mini.checkpoint import SEAL, checkpoints
 RUNS = {
     "full": {"reference": "soft", "alpha": 0.3},
     "lora": {"reference": "soft", "alpha": 0.3, "tuning": "lora", "micro_batch_size": 2},
-    "kto": {"method": "kto", "reference": "hard", "tau": 2, "desirable_weight": 9, "learning_rate": 3e-3},
+    "kto": {"method": "kto", "reference": "hard", "tau": 2, "desirable_weight": 9, "learning_rate": 1e-3},
     "sft": {"method": "sft"},
     "around": {"reference": "soft", "alpha": 0.3},  # log-probs around the wrapper: must drift apart
 }

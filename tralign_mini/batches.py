@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .data import collate
+from .packing import Group, pack
 from .recipe import Recipe
-
-PAIRED = ("dpo", "ipo", "orpo", "simpo")
+from .tokens import PAIRED_METHODS, collate
 
 
 class StepStream(Dataset):
@@ -31,6 +30,7 @@ class StepStream(Dataset):
 
     def __init__(self, rows: list[dict], recipe: Recipe, steps: int):
         self.rows, self.recipe = rows, recipe
+        self.reference_logps: dict[int, list[float]] | None = None  # of one that never moves (kto: by position)
         epochs = math.ceil(steps * recipe.batch_size / len(rows))
         order = [
             np.random.default_rng([recipe.seed, epoch]).permutation(len(rows)) for epoch in range(epochs)
@@ -51,9 +51,12 @@ class StepStream(Dataset):
 
     def __getitem__(self, position: int) -> dict:
         row = self.rows[self.order[position]]
-        if self.recipe.method != "kto":
-            return row
-        return {**row, "mismatched_ids": self.rows[self.partners[position]]["completion_ids"]}
+        if self.recipe.method == "kto":
+            row = row | {"mismatched_ids": self.rows[self.partners[position]]["completion_ids"]}
+        if self.reference_logps is not None:
+            known = position if self.recipe.method == "kto" else self.order[position]
+            row = row | {"reference_logps": self.reference_logps[known]}
+        return row
 
     def hash(self) -> str:
         """SHA-256 of the tokenized rows: a resumed run has to go on with the same."""
@@ -77,19 +80,32 @@ class StepStream(Dataset):
         )
 
 
-def collate_rows(rows: list[dict], method: str, pad_token_id: int) -> dict:
+def group_of(row: dict) -> Group:
+    """A row's prompt with the completions that can share it: of a pair both, of kto the mismatched one, too."""
+    names = ("chosen_ids", "rejected_ids", "completion_ids", "mismatched_ids")
+    return row["prompt_ids"], [row[name] for name in names if name in row]
+
+
+def collate_rows(rows: list[dict], method: str, pad_token_id: int, *, hidden_size: int = 0, limit: int = 0) -> dict:
     """One micro-batch: `sequences` to score, and what the method needs beside them.
 
-    Paired methods: 2B sequences, all chosen, then all rejected. KTO: B sequences, `desirable` (B,), and
-    `mismatched`, the same prompts with completions of other prompts. SFT: B sequences.
+    Paired methods: 2B completions, all chosen, then all rejected. KTO: B completions, `desirable` (B,), and
+    `mismatched`, the same prompts with completions of other prompts. SFT: B completions. With a `limit` (of
+    `sharing.row_limit`) the two completions of a row share their prompt in packed rows; KTO's `sequences` then
+    hold both, 2B, all matched ones first.
     """
-    if method in PAIRED:
-        pairs = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
-        return {"sequences": collate(pairs, pad_token_id)}
-    batch = {"sequences": collate([(row["prompt_ids"], row["completion_ids"]) for row in rows], pad_token_id)}
+    groups = [group_of(row) for row in rows]
+    sequences = [[(prompt, completions[i]) for prompt, completions in groups] for i in range(len(groups[0][1]))]
+    packed = {}
+    if limit and len(sequences) == 2:
+        packed = pack(groups, pad_token_id, hidden_size=hidden_size, limit=limit)
+    if method in PAIRED_METHODS:
+        batch = {"sequences": packed or collate(sum(sequences, []), pad_token_id)}
+    else:
+        batch = {"sequences": packed or collate(sequences[0], pad_token_id)}
     if method == "kto":
         batch["desirable"] = torch.tensor([row["label"] for row in rows])
-        batch["mismatched"] = collate(
-            [(row["prompt_ids"], row["mismatched_ids"]) for row in rows], pad_token_id
-        )
+        batch |= {} if packed else {"mismatched": collate(sequences[1], pad_token_id)}
+    if "reference_logps" in rows[0]:  # the first ones of all rows, then the second ones, as in `sequences`
+        batch["reference_logps"] = torch.tensor([row["reference_logps"] for row in rows]).T.flatten()
     return batch

@@ -1,37 +1,58 @@
-"""Log-probabilities of completions, the plain way: a forward pass over whole sequences and one gather.
+"""Log-probabilities of completions: the seam between model and loss, and the engine behind it.
 
-This is the seam between model and loss. Everything asks `completion_logps` (in training: `CompletionScorer`),
-so that a faster way to the same numbers has one place to go.
+Everything asks `completion_logps` (in training: `CompletionScorer`). It takes one of two batches, dicts of
+tensors: whole sequences, padded on the right (`data.collate`),
 
-A batch is a dict of tensors of shape (n, L), padded on the right:
-    input_ids        prompt, completion, padding
-    attention_mask   1 on prompt and completion, 0 on padding
-    completion_mask  True on the completion's tokens, EOS included: exactly these are counted
+    input_ids, attention_mask, completion_mask   (n, L): completion_mask is True on exactly the counted tokens,
+
+or rows in which the completions of a prompt share it (`packing.pack`), so that it is computed once. Either
+way the vocabulary projection, often a third of the work, runs only where a counted token is predicted.
+`plain_completion_logps` is the same number straight from the model's logits: what tests hold the engine to.
 """
 
 from __future__ import annotations
 
+import warnings
+import weakref
+
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+LOGIT_BYTES = 2**27  # float32 logits that are held at once; with more of them each part is computed twice
+SEQUENCES = ("input_ids", "attention_mask", "completion_mask")
 
 
 def completion_logps(model, batch, *, average=False) -> torch.Tensor:
-    """log p(completion | prompt) of each row, differentiable: (n,) float32, in nats.
+    """log p(completion | prompt) of each completion, differentiable: (n,) float32, in nats.
 
-    The sum over the completion's tokens or, with `average`, their mean; 0 for a row without a completion
-    token. `model` is a causal LM of transformers or a PeftModel. Its train/eval mode is left as it is, so
-    dropout acts if it is on. ValueError for a batch whose masks contradict each other.
+    The sum over the completion's tokens or, with `average`, their mean; 0 for a completion without a token.
+    `model` is a causal LM of transformers or a PeftModel; for packed rows `sharing.row_limit` says whether
+    it can be exact. Its train/eval mode is left as it is, so dropout acts if it is on. ValueError for a batch
+    whose masks contradict each other.
     """
+    if "position_ids" in batch:
+        source, target, counted = batch["source"], batch["target"], batch["counted"]
+        names = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+        inputs = names | {"attention_mask": shared_prompt_mask(model, batch["group"], batch["branch"])}
+    else:
+        input_ids, attention_mask, completion_mask = _checked(batch)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        # The token at t is predicted at t - 1: drop the first token and the last prediction
+        places = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
+        source, target, counted = places[:, :-1], input_ids[:, 1:], completion_mask[:, 1:]
+    token_logps = _token_logps(model, inputs, source[counted], target[counted])
+    return _per_completion(token_logps, counted, average)
+
+
+def plain_completion_logps(model, batch, *, average=False) -> torch.Tensor:
+    """`completion_logps` of whole sequences the plain way: all logits, one gather. Slow, and easy to believe."""
     input_ids, attention_mask, completion_mask = _checked(batch)
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    # The token at t is predicted at t - 1: drop the last prediction and the first token
-    counted = completion_mask[:, 1:]  # (n, L - 1)
-    targets = input_ids[:, 1:][counted]  # (tokens,): the counted tokens of all rows, one after the other
-    # Only these rows of logits become float32, and their softmax is never stored
-    logits = logits[:, :-1][counted].float()  # (tokens, vocabulary)
-    token_logps = logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
-    sums = token_logps.new_zeros(counted.shape).masked_scatter(counted, token_logps).sum(-1)
-    return sums / counted.sum(-1).clamp(min=1) if average else sums
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1].float()
+    token_logps = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)  # (n, L - 1)
+    counted = completion_mask[:, 1:]
+    return _per_completion(token_logps[counted], counted, average)
 
 
 class CompletionScorer(nn.Module):
@@ -50,15 +71,109 @@ class CompletionScorer(nn.Module):
         return completion_logps(self.model, batch, average=self.average)
 
 
+def shared_prompt_mask(model, group: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """Who sees whom in packed rows: (rows, 1, L, L), True where position i (of the L before last) sees j.
+
+    group, branch: (rows, L), as in `packing.pack`. A token sees what came before it in its own group: the
+    prompt (branch 0) and its own completion, never another one. Eager attention adds its mask to the scores,
+    so it gets 0 and the lowest number instead of True and False.
+    """
+    length = group.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=group.device).tril()
+    same_group = group[:, :, None] == group[:, None, :]
+    visible = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    allowed = (causal & same_group & visible)[:, None]
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) != "eager":
+        return allowed
+    dtype = next(model.parameters()).dtype
+    return torch.zeros(allowed.shape, dtype=dtype, device=group.device).masked_fill(
+        ~allowed, torch.finfo(dtype).min)
+
+
+def _per_completion(token_logps, counted, average):
+    """Sums (or means) of tokens, (tokens,), that stand one after the other where `counted`, (n, C), is True."""
+    sums = token_logps.new_zeros(counted.shape).masked_scatter(counted, token_logps).sum(-1)
+    return sums / counted.sum(-1).clamp(min=1) if average else sums
+
+
+def _token_logps(model, inputs: dict, source, target) -> torch.Tensor:
+    """log p of the tokens `target`, (tokens,), each predicted at the flat position `source` of the rows."""
+    parts = _backbone_and_head(model)
+    if parts is None:  # an architecture that does something else to its logits: only the model itself knows
+        logits = model(**inputs, use_cache=False).logits
+        return _log_softmax_at(logits.flatten(0, 1)[source], target)
+    backbone, head, softcap = parts
+    hidden = backbone(**inputs, use_cache=False)[0].flatten(0, 1).index_select(0, source)  # (tokens, hidden)
+
+    def project(hidden, target):
+        return _log_softmax_at(_capped(head(hidden), softcap), target)
+
+    at_once = max(1, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size))
+    if len(target) <= at_once:
+        return project(hidden, target)
+    chunks = zip(hidden.split(at_once), target.split(at_once))
+    if not torch.is_grad_enabled():
+        return torch.cat([project(*chunk) for chunk in chunks])
+    return torch.cat([checkpoint(project, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def _log_softmax_at(logits, target):
+    return -F.cross_entropy(logits.float(), target, reduction="none")
+
+
+def _capped(logits, softcap):
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+_KNOWN = weakref.WeakKeyDictionary()  # model -> the head that was watched
+
+
+def _backbone_and_head(model):
+    """(backbone, head, softcap) such that head(backbone(...)), softcapped, *is* the model's logits; or None.
+
+    Found out once for each model and head, by watching it predict after one token: the head has to get the
+    backbone's output, and nothing but Gemma 2's softcap may happen to what the head returns.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    backbone = getattr(causal_lm, "base_model", causal_lm)
+    head = causal_lm.get_output_embeddings() if hasattr(causal_lm, "get_output_embeddings") else None
+    if head is None or backbone is causal_lm:
+        return None
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    watched, known = _KNOWN.get(model, (None, False))
+    if watched is not head:
+        known = _is_all_there_is(model, backbone, head, softcap)
+        _KNOWN[model] = head, known
+        if not known:
+            warnings.warn(f"{type(causal_lm).__name__} does more to its logits than one projection: all of them are "
+                          "computed, also where no completion token is predicted. This takes time and memory.",
+                          stacklevel=3)
+    return (backbone, head, softcap) if known else None
+
+
+@torch.no_grad()
+def _is_all_there_is(model, backbone, head, softcap) -> bool:
+    seen = {}
+    hooks = [backbone.register_forward_hook(lambda module, args, out: seen.update(hidden=out[0])),
+             head.register_forward_hook(lambda module, args, out: seen.update(input=args[0], output=out))]
+    try:
+        token = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        logits = model(input_ids=token, attention_mask=token, use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (seen.keys() == {"hidden", "input", "output"} and torch.equal(seen["hidden"], seen["input"])
+            and torch.equal(_capped(seen["output"], softcap), logits))
+
+
 def _checked(batch):
     """input_ids, attention_mask, completion_mask (bool), of a batch that can only mean one thing."""
-    names = ("input_ids", "attention_mask", "completion_mask")
-    if missing := [name for name in names if name not in batch]:
-        raise ValueError(f"the batch has no {', '.join(missing)}. It needs {', '.join(names)}, each of shape "
+    if missing := [name for name in SEQUENCES if name not in batch]:
+        raise ValueError(f"the batch has no {', '.join(missing)}. It needs {', '.join(SEQUENCES)}, each of shape "
                          "(sequences, length): collate makes them.")
-    input_ids, attention_mask, completion_mask = (batch[name] for name in names)
+    input_ids, attention_mask, completion_mask = (batch[name] for name in SEQUENCES)
     if input_ids.ndim != 2 or not input_ids.shape == attention_mask.shape == completion_mask.shape:
-        shapes = ", ".join(f"{name} {tuple(batch[name].shape)}" for name in names)
+        shapes = ", ".join(f"{name} {tuple(batch[name].shape)}" for name in SEQUENCES)
         raise ValueError(f"the batch has {shapes}, but all three need one shape (sequences, length), so that "
                          "each token has its masks. Collate makes them.")
     attended, completion_mask = attention_mask.bool(), completion_mask.bool()

@@ -16,6 +16,7 @@ from .evaluate import Evaluator, write_samples
 from .models import is_adapter, load_policy, load_tokenizer, this_process
 from .recipe import WITHOUT_REFERENCE, Recipe
 from .reference import make_reference
+from .reference_cache import cache_directory
 from .tokens import prompt_ids
 from .train import AlignmentTrainer
 from .worlds import WORLDS
@@ -182,7 +183,8 @@ def train(recipe, *, stop=None, **overrides) -> Run:
     reference = load_reference(policy, recipe)
     evaluator = Evaluator(recipe, tokenizer, prompts)
     trainer = AlignmentTrainer(
-        policy, reference, rows, recipe, tokenizer, directory, evaluate=evaluator, stop=stop
+        policy, reference, rows, recipe, tokenizer, directory,
+        evaluate=evaluator, stop=stop, cache=cache_directory(),
     )
     if main and not resumed:
         directory.mkdir(parents=True, exist_ok=True)

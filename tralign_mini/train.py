@@ -12,19 +12,20 @@ import json
 import math
 import shutil
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from . import losses
-from .batches import StepStream, collate_rows
+from .batches import StepStream, collate_rows, group_of
 from .callbacks import Progress, StopCallback
 from .checkpoint import read_seal, restore_policy, save_policy, start_hash, weight_hash, write_seal
 from .logprobs import CompletionScorer, completion_logps
 from .models import compute_dtype, this_process
+from .objective import StepSums, micro_batch_loss
 from .recipe import Recipe
+from .reference_cache import cached_logps
+from .sharing import NotExact, row_limit
 
 
 class TrustRegionCallback(TrainerCallback):
@@ -46,27 +47,28 @@ class AlignmentTrainer(Trainer):
     policy: causal language model or `PeftModel`; reference: `FrozenReference`, `AdapterReference`, or None
     for the methods without one. rows: from `data.prepare`. evaluate: called as `evaluate(trainer, step)`
     every `eval_steps` on the main process, returns numbers for the step's row. One row a step goes to
-    `directory/metrics.jsonl`.
+    `directory/metrics.jsonl`. cache: a folder in which log-probs of a reference that never moves are kept
+    between runs; without it they are computed in every step. Where completions can share their prompt, they do.
     """
 
     # The loss is divided by the whole step's batch_size; Trainer must not divide by the accumulation again.
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, policy, reference, rows, recipe: Recipe, tokenizer, directory, *, evaluate=None, stop=None
+        self, policy, reference, rows, recipe: Recipe, tokenizer, directory, *, evaluate=None, stop=None, cache=None
     ):
         self.policy, self.reference, self.recipe = policy, reference, recipe
         self.directory, self.evaluator = Path(directory), evaluate
         self.trust_region = recipe.trust_region()
         self.reference_updates, self.update_numbers = 0, {}
-        self.average = recipe.logps == "mean"
+        self.average, self.row_limit = recipe.logps == "mean", 0
         self.stream = StepStream(rows, recipe, recipe.plan(len(rows)).steps)
         self.start = {"model": start_hash(policy), "data": self.stream.hash()}
         super().__init__(
             model=CompletionScorer(policy, average=self.average),
             args=training_arguments(recipe, self.directory, len(self.stream) // recipe.batch_size),
             train_dataset=self.stream,
-            data_collator=lambda rows: collate_rows(rows, recipe.method, tokenizer.pad_token_id),
+            data_collator=self._collate,
             processing_class=tokenizer,
             callbacks=[TrustRegionCallback(self)] + ([StopCallback(stop)] if stop else []),
         )
@@ -76,11 +78,68 @@ class AlignmentTrainer(Trainer):
                 "shard by shard. Use one process, or several with DistributedDataParallel (torchrun), or "
                 "tuning=qlora for memory."
             )
-        self._sums: dict[str, list] = defaultdict(lambda: [0.0, 0.0])
+        self.sums = StepSums()
         self._last_row, self._clock = 0, time.perf_counter()
         self.progress, self._tensorboard = Progress(), None
         self.remove_callback(PrinterCallback)
         self.add_callback(self.progress)
+        self.row_limit = self._row_limit()
+        never_moves = self.trust_region.updates(self.args.max_steps) == 0  # fixed, or tau beyond the last step
+        if cache is not None and reference is not None and never_moves:
+            self.stream.reference_logps = self._cached_reference(cache)
+
+    # The rows.
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether a step of KTO is one micro-batch whose matched and mismatched completions share prompts."""
+        return self.row_limit > 0 and self.args.gradient_accumulation_steps == 1
+
+    def _collate(self, rows: list[dict]) -> dict:
+        method, limit = self.recipe.method, self.row_limit
+        if method == "kto" and not self.one_pass:
+            limit = 0  # the policy's two passes, one without and one with gradient, need one completion each
+        hidden_size = self.policy.config.get_text_config().hidden_size
+        return collate_rows(rows, method, self.processing_class.pad_token_id, hidden_size=hidden_size, limit=limit)
+
+    def _row_limit(self) -> int:
+        """How long a packed row may be; 0, and a line that says why, if completions cannot share a prompt."""
+        if self.recipe.method == "sft":
+            return 0
+        groups = [group_of(row) for row in map(self.stream.__getitem__, range(len(self.stream)))]
+        limit = 0
+        try:
+            with self.accelerator.autocast():
+                limit = row_limit(self.policy, groups, self.processing_class.pad_token_id)
+        except NotExact as reason:
+            if self.is_world_process_zero():
+                print(f"no shared prompts, which is slower: {reason}", flush=True)
+        return int(self.accelerator.gather(torch.tensor([limit], device=self.args.device)).min())
+
+    def _cached_reference(self, directory) -> dict[int, list[float]]:
+        """What a reference that never moves says of each row (kto: of each place in the stream)."""
+        stream = self.stream
+        if self.recipe.method == "kto":  # each step has mismatched completions of its own
+            rows = dict(enumerate(map(stream.__getitem__, range(len(stream)))))
+        else:
+            visited = set(stream.order.tolist())  # all, if only an epoch's incomplete last step is missing
+            visited = range(len(stream.rows)) if len(visited) >= 0.9 * len(stream.rows) else sorted(visited)
+            rows = {i: stream.rows[i] for i in visited}
+        conditions = {
+            "start": self.start["model"], "dtype": str(compute_dtype(self.recipe)), "average": self.average,
+            "quantization": str(getattr(self.policy.config, "quantization_config", None)),
+            "device": self.args.device.type, "torch": torch.__version__, "shared": self.row_limit > 0,
+        }
+
+        def compute(rows: list[dict]) -> torch.Tensor:
+            batch = self._prepare_inputs(self._collate(rows))
+            parts = [batch[name] for name in ("sequences", "mismatched") if name in batch]
+            return torch.cat([self._reference_logps(part) for part in parts]).view(-1, len(rows)).T
+
+        at_once, main = self.args.per_device_train_batch_size, self.is_world_process_zero()
+        with self.accelerator.main_process_first():
+            found = cached_logps(directory, list(rows.values()), conditions, compute, at_once, main=main)
+        return dict(zip(rows, found))
 
     # The loss.
 
@@ -88,11 +147,8 @@ class AlignmentTrainer(Trainer):
         """All micro-batches of one optimizer step, each with what has to be known about the whole step."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [self._prepare_inputs(batch) for batch in batches]
-        if self.recipe.method == "kto":
-            kl = self._reference_point(batches)
-            for batch in batches:
-                batch["kl"] = kl
-                del batch["mismatched"]
+        if self.recipe.method == "kto" and not self.one_pass:
+            self._add_reference_point(batches)
         elif self.recipe.method == "sft":
             tokens = torch.stack([batch["sequences"]["completion_mask"].sum() for batch in batches]).sum()
             tokens = self.accelerator.reduce(tokens, "sum")
@@ -100,19 +156,29 @@ class AlignmentTrainer(Trainer):
                 batch["step_tokens"] = tokens
         return batches, None
 
-    def _reference_point(self, batches: list[dict]) -> torch.Tensor:
+    def _add_reference_point(self, batches: list[dict]) -> None:
+        """KTO's z0 for a step of several micro-batches: it is known only after a pass over all of them."""
+        ratios = []
+        for batch in batches:
+            mismatched = batch.pop("mismatched")
+            if "reference_logps" in batch:
+                batch["reference_logps"], reference_logps = batch["reference_logps"].chunk(2)
+            else:
+                reference_logps = self._reference_logps(mismatched)
+            ratios.append(self._without_gradient(self.policy, mismatched) - reference_logps)
+        kl = self._reference_point(torch.cat(ratios))
+        for batch in batches:
+            batch["kl"] = kl
+
+    def _reference_point(self, ratios: torch.Tensor) -> torch.Tensor:
         """KTO's z0: the mean log-ratio on mismatched completions over the whole step, clamped at 0, detached.
 
-        One pass without gradient over the step, gathered over processes before the clamp (arXiv 2402.01306).
+        Gathered over processes before the clamp (arXiv 2402.01306).
         """
-        total = torch.zeros(2, device=self.args.device)
-        for batch in batches:
-            policy_logps = self._without_gradient(self.policy, batch["mismatched"])
-            ratio = policy_logps - self._reference_logps(batch["mismatched"])
-            total += torch.stack([ratio.sum(), torch.tensor(float(len(ratio)), device=ratio.device)])
+        total = torch.stack([ratios.detach().sum(), torch.tensor(float(len(ratios)), device=ratios.device)])
         total = self.accelerator.reduce(total, "sum")
         kl = (total[0] / total[1]).clamp(min=0)
-        self._sums["kto/z0"] = [kl.item(), 1.0]
+        self.sums.add("kto/z0", kl)  # the same on every process, so their mean
         return kl
 
     @torch.no_grad()
@@ -131,72 +197,17 @@ class AlignmentTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of one micro-batch: its sum over pairs, divided by the pairs of the whole step."""
-        recipe, sequences = self.recipe, inputs["sequences"]
-        logps = model(**sequences)  # the wrapped module's forward: what DDP hooks on to
-        reference_logps = self._reference_logps(sequences) if self.reference is not None else None
-        if recipe.method == "sft":
-            loss = self._sft_loss(logps, inputs)
-        elif recipe.method == "kto":
-            loss = self._kto_loss(logps, reference_logps, inputs) / recipe.batch_size
-        else:
-            loss = self._paired_loss(logps, reference_logps) / recipe.batch_size
+        logps = model(**inputs["sequences"])  # the wrapped module's forward: what DDP hooks on to
+        reference_logps = inputs.get("reference_logps")
+        if reference_logps is None and self.reference is not None:
+            reference_logps = self._reference_logps(inputs["sequences"])
+        if self.recipe.method == "kto" and self.one_pass:
+            (logps, mismatched), (reference_logps, others) = logps.chunk(2), reference_logps.chunk(2)
+            inputs = inputs | {"kl": self._reference_point(mismatched - others)}
+        loss = micro_batch_loss(self.recipe, logps, reference_logps, inputs, self.sums)
         return loss * self.args.world_size  # DDP averages gradients over processes; the step's loss is a sum
 
-    def _paired_loss(self, logps, reference_logps):
-        recipe = self.recipe
-        chosen, rejected = logps.chunk(2)
-        if reference_logps is None:
-            margin = {"gamma": recipe.simpo_gamma} if recipe.method == "simpo" else {}
-            loss_function = getattr(losses, f"{recipe.method}_loss")
-            result = loss_function(chosen, rejected, beta=recipe.beta, **margin)
-        else:
-            reference_chosen, reference_rejected = reference_logps.chunk(2)
-            smoothing = {"label_smoothing": recipe.label_smoothing} if recipe.method == "dpo" else {}
-            result = getattr(losses, f"{recipe.method}_loss")(
-                chosen, rejected, reference_chosen, reference_rejected, beta=recipe.beta, **smoothing
-            )
-            self._count("logratio/chosen", chosen - reference_chosen)
-            self._count("logratio/rejected", rejected - reference_rejected)
-        self._count("loss", result.losses)
-        self._count("rewards/chosen", result.chosen_rewards)
-        self._count("rewards/rejected", result.rejected_rewards)
-        self._count("rewards/margin", result.chosen_rewards - result.rejected_rewards)
-        self._count("rewards/accuracy", (result.chosen_rewards > result.rejected_rewards).float())
-        self._count("logps/chosen", chosen)
-        self._count("logps/rejected", rejected)
-        return result.losses.sum()
-
-    def _kto_loss(self, logps, reference_logps, inputs):
-        recipe, desirable = self.recipe, inputs["desirable"]
-        result = losses.kto_loss(
-            logps,
-            reference_logps,
-            desirable,
-            inputs["kl"],
-            beta=recipe.beta,
-            desirable_weight=recipe.desirable_weight,
-            undesirable_weight=recipe.undesirable_weight,
-        )
-        self._count("loss", result.losses)
-        self._count("rewards/chosen", result.chosen_rewards)
-        self._count("rewards/rejected", result.rejected_rewards)
-        for name, values in (("logps", logps), ("logratio", logps - reference_logps)):
-            self._count(f"{name}/chosen", values[desirable])
-            self._count(f"{name}/rejected", values[~desirable])
-        return result.losses.sum()
-
-    def _sft_loss(self, logps, inputs):
-        loss = -logps.sum() / inputs["step_tokens"]
-        self._sums["loss"][0] += -logps.detach().sum()
-        self._sums["loss"][1] += inputs["sequences"]["completion_mask"].sum()
-        self._count("logps/chosen", logps)
-        return loss
-
     # The numbers.
-
-    def _count(self, name: str, values: torch.Tensor) -> None:
-        self._sums[name][0] += values.detach().float().sum()
-        self._sums[name][1] += values.numel()
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *args, learning_rate=None, **kwargs):
         step = self.state.global_step
@@ -207,7 +218,8 @@ class AlignmentTrainer(Trainer):
 
     def _write_row(self, step: int, grad_norm, learning_rate) -> None:
         row = {"step": step, "epoch": round(step * self.recipe.batch_size / len(self.stream.rows), 6)}
-        row |= self._gathered_means()
+        means = self.sums.means(self.accelerator)
+        row |= {"loss": means.pop("loss"), **means}
         if self.recipe.method == "kto":  # not pairs: a difference of means, if both kinds are there
             sides = row["rewards/chosen"], row["rewards/rejected"]
             row["rewards/margin"] = None if None in sides else sides[0] - sides[1]
@@ -252,19 +264,6 @@ class AlignmentTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         """Trainer's own summary is left out: metrics.jsonl has everything."""
-
-    def _gathered_means(self) -> dict[str, float]:
-        """Means over all micro-batches and processes of the step, in float64; empties the sums."""
-        names = sorted(self._sums)
-        sums = torch.tensor([[float(x) for x in self._sums[name]] for name in names], dtype=torch.float64)
-        own = [name == "kto/z0" for name in names]  # gathered already, the same on every process
-        total = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
-        self._sums.clear()
-        means = {
-            name: (s[0] / s[1]).item() if s[1] > 0 else None
-            for name, s in zip(names, torch.where(torch.tensor(own)[:, None], sums, total))
-        }
-        return {"loss": means.pop("loss"), **means}
 
     # Checkpoints.
     def _save(self, output_dir=None, state_dict=None):
@@ -329,7 +328,7 @@ def training_arguments(recipe: Recipe, directory: Path, steps: int) -> TrainingA
         warmup_steps=recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=recipe.batch_size // (micro * processes),
         bf16=compute_dtype(recipe) is torch.bfloat16,

@@ -1,0 +1,112 @@
+"""May the completions of a pair share their prompt? Asked once, before training, of the model and its config.
+
+Sharing is exact if a token's prediction depends on the tokens that it is allowed to see and on their positions,
+and on nothing else. A sliding window counts places in the row, a length-dependent RoPE looks at the whole row,
+a recurrent state runs through it: these fall back to two whole sequences a pair. What no config says is found
+by computing the longest row both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .logprobs import completion_logps, plain_completion_logps
+from .packing import Group, group_length, pack
+from .tokens import collate
+
+PACKED = 512  # tokens: short groups are put together into rows up to this, or up to the longest group
+WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
+
+
+class NotExact(Exception):
+    """Why this model needs two whole sequences a pair; the message is for the user."""
+
+
+def row_limit(model: nn.Module, groups: Sequence[Group], pad_token_id: int) -> int:
+    """The longest row of several groups that `packing.pack` may fill: sharing is exact for all these groups.
+
+    groups: all that will be trained on, or at least the longest. Raises `NotExact` where a config says that it
+    cannot be exact, or a numerical check does: on the longest group, next to a row filled up to the limit, in
+    the mode, precision and attention that `model` has now, with LoRA's dropout off for the comparison.
+    """
+    config = model.config.get_text_config()
+    longest = max(groups, key=group_length)
+    limit = max(PACKED, group_length(longest))
+    if reason := _depends_on_the_row(model, config):
+        raise NotExact(reason)
+    windows = [size for name in WINDOWS if isinstance(size := getattr(config, name, None), int) and size > 0]
+    if windows and min(windows) < group_length(longest):
+        raise NotExact(f"the attention window of {min(windows)} tokens is shorter than the longest row, "
+                       f"{group_length(longest)} tokens")
+    limit = min([limit, *windows])
+    difference, tolerance = _check(model, longest, groups, pad_token_id, limit, config.hidden_size)
+    if not difference <= tolerance:
+        raise NotExact(f"on the longest row, {group_length(longest)} tokens, log-probs differ by {difference:.2g} "
+                       f"(more than rounding, {tolerance:.2g})")
+    return limit
+
+
+def _depends_on_the_row(model: nn.Module, config) -> str:
+    """What in the architecture looks at more than the visible tokens and their positions, or ""."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope_types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    attention = getattr(config, "_attn_implementation", None)
+    if getattr(causal_lm, "_is_stateful", False):
+        return f"{config.model_type} carries a state from token to token, through the other completion"
+    if kinds:
+        return f"{config.model_type} has layers of the kind {', '.join(sorted(kinds))}"
+    if rope_types & {"dynamic", "longrope"}:
+        return f"its RoPE ({', '.join(rope_types & {'dynamic', 'longrope'})}) depends on the length of the row"
+    if attention not in ("sdpa", "eager"):
+        return f"attention {attention!r} takes no mask of our own; load the model with sdpa"
+    return ""
+
+
+@torch.no_grad()
+def _check(model, longest: Group, groups, pad_token_id: int, limit: int, hidden_size: int) -> tuple[float, float]:
+    """(largest difference of a completion's log-prob, what rounding can explain), shared against plain."""
+    filled, room = [], limit
+    for group in sorted(groups[:256], key=group_length):  # a row with as many groups as one will ever have
+        room -= group_length(group)
+        if room < 0:
+            break
+        filled.append(group)
+    several = [longest, *filled]
+    device = next(model.parameters()).device
+
+    def on_device(batch):
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+    sequences = [(prompt, group[1][k]) for k in range(len(longest[1])) for prompt, *group in
+                 ((g[0], *g) for g in several)]
+    with _without_dropout(model):
+        try:
+            shared = completion_logps(model, on_device(pack(several, pad_token_id, hidden_size=hidden_size,
+                                                            limit=limit)))
+        except (ValueError, RuntimeError, TypeError, IndexError) as error:
+            raise NotExact(f"{model.config.model_type} refuses packed rows: {str(error).splitlines()[0]}") from error
+        plain = torch.cat([plain_completion_logps(model, on_device(collate([one], pad_token_id)))
+                           for one in sequences])
+        together = torch.cat([plain_completion_logps(model, on_device(collate(sequences[i:i + 2], pad_token_id)))
+                              for i in range(0, len(sequences), 2)])
+    noise = (together - plain).abs().max()  # of other shapes of the same sums, in this precision
+    return (shared - plain).abs().max().item(), (5 * noise + 1e-5 * plain.abs().max()).item()
+
+
+@contextmanager
+def _without_dropout(model: nn.Module):
+    """Train mode with nothing random in it."""
+    dropouts = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
+    for module, _ in dropouts:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, p in dropouts:
+            module.p = p
