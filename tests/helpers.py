@@ -155,7 +155,9 @@ def unpacked(batch: dict) -> list[tuple[list[int], list[int]]]:
     return out
 
 
-def make_trainer(directory: Path, *, policy=None, reference_model=None, rows=None, evaluate=None, **settings):
+def make_trainer(
+    directory: Path, *, policy=None, reference_model=None, rows=None, evaluate=None, cache=None, control=None, **settings
+):
     """An `AlignmentTrainer` on a tiny GPT-NeoX in memory; `reference_model` defaults to a copy of it."""
     from tralign_mini.recipe import WITHOUT_REFERENCE, Recipe
     from tralign_mini.reference import FrozenReference
@@ -168,7 +170,8 @@ def make_trainer(directory: Path, *, policy=None, reference_model=None, rows=Non
         reference_model = policy
     rows = random_rows(recipe.method) if rows is None else rows
     reference = None if reference_model is None else FrozenReference(reference_model)
-    return AlignmentTrainer(policy, reference, rows, recipe, tiny_tokenizer(), directory, evaluate=evaluate)
+    hooks = {"evaluate": evaluate, "cache": cache, "control": control}
+    return AlignmentTrainer(policy, reference, rows, recipe, tiny_tokenizer(), directory, **hooks)
 
 
 def logps_by_hand(model, sequences: list) -> torch.Tensor:

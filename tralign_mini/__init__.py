@@ -25,7 +25,7 @@ _HOME = {
     "worlds": ("WORLDS", "gold_reward"),
     "recipe": ("Recipe",),
     "train": ("AlignmentTrainer",),
-    "runs": ("Run", "train"),
+    "runs": ("Run", "replay", "train"),
     "evaluate": ("evaluate",),
     "generate": ("sample",),
     "comparison": ("compare",),

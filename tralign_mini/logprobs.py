@@ -18,6 +18,7 @@ import weakref
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 LOGIT_BYTES = 2**27  # float32 logits that are held at once; with more of them each part is computed twice
@@ -71,23 +72,30 @@ class CompletionScorer(nn.Module):
         return completion_logps(self.model, batch, average=self.average)
 
 
-def shared_prompt_mask(model, group: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-    """Who sees whom in packed rows: (rows, 1, L, L), True where position i (of the L before last) sees j.
+def shared_prompt_mask(model, group: torch.Tensor, branch: torch.Tensor):
+    """Who sees whom in packed rows, for the attention that `model` uses.
 
     group, branch: (rows, L), as in `packing.pack`. A token sees what came before it in its own group: the
-    prompt (branch 0) and its own completion, never another one. Eager attention adds its mask to the scores,
-    so it gets 0 and the lowest number instead of True and False.
+    prompt (branch 0) and its own completion, never another one. SDPA gets (rows, 1, L, L), True where position
+    i (of the L before last) sees j; eager attention adds its mask to the scores, so it gets 0 and the lowest
+    number instead; FlexAttention gets the same rule as a block mask, and skips blocks in which nobody sees any.
     """
-    length = group.shape[1]
+    rows, length = group.shape
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if attention == "flex_attention":
+        def sees(row, head, i, j):
+            mine = (branch[row, j] == 0) | (branch[row, j] == branch[row, i])
+            return (i >= j) & (group[row, i] == group[row, j]) & mine
+
+        return create_block_mask(sees, rows, None, length, length, device=group.device)
     causal = torch.ones(length, length, dtype=torch.bool, device=group.device).tril()
     same_group = group[:, :, None] == group[:, None, :]
-    visible = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
-    allowed = (causal & same_group & visible)[:, None]
-    if getattr(getattr(model, "config", None), "_attn_implementation", None) != "eager":
+    mine = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    allowed = (causal & same_group & mine)[:, None]
+    if attention != "eager":
         return allowed
     dtype = next(model.parameters()).dtype
-    return torch.zeros(allowed.shape, dtype=dtype, device=group.device).masked_fill(
-        ~allowed, torch.finfo(dtype).min)
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def _per_completion(token_logps, counted, average):

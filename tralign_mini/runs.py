@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .changes import read_changes, region_at, rewind_changes
 from .checkpoint import checkpoints, remove_unfinished, restore_policy
 from .data import NAMES, load_dataset, prepare
 from .evaluate import Evaluator, write_samples
@@ -144,12 +145,13 @@ def load_rows(recipe: Recipe):
     return train, [known[key] for key in keys], source
 
 
-def train(recipe, *, stop=None, **overrides) -> Run:
+def train(recipe, *, stop=None, control=None, **overrides) -> Run:
     """A whole run: load, train, measure, report. Returns the `Run`.
 
     recipe: name of a shipped recipe, path of a YAML file or of a run, dict or `Recipe`; overrides: any of
     its settings. stop: a `threading.Event`; once set, the run stops after the current step, with a
-    checkpoint, ready for `resume=True`. Everything of the run is in `run.directory`. Errors in the recipe,
+    checkpoint, ready for `resume=True`. control: steers alpha and tau while the run trains, see
+    `AlignmentTrainer`; `replay` runs the same again. Everything of the run is in `run.directory`. Errors in the recipe,
     data or model are ValueErrors.
     """
     if overrides.get("resume") and not isinstance(recipe, (Recipe, dict)) and Path(recipe).is_dir():
@@ -184,7 +186,7 @@ def train(recipe, *, stop=None, **overrides) -> Run:
     evaluator = Evaluator(recipe, tokenizer, prompts)
     trainer = AlignmentTrainer(
         policy, reference, rows, recipe, tokenizer, directory,
-        evaluate=evaluator, stop=stop, cache=cache_directory(),
+        evaluate=evaluator, stop=stop, cache=cache_directory(), control=control,
     )
     if main and not resumed:
         directory.mkdir(parents=True, exist_ok=True)
@@ -216,6 +218,13 @@ def train(recipe, *, stop=None, **overrides) -> Run:
         )
         run.report()
     return run
+
+
+def replay(directory: str | Path, output: str | Path) -> Run:
+    """The run of `directory` again, with every change of alpha and tau at its step; the new one's directory is `output`."""
+    changes, recipe = read_changes(directory), Recipe.load(str(directory))
+    start = recipe.trust_region()
+    return train(recipe, output=str(output), resume=False, control=lambda step: region_at(changes, step, start))
 
 
 def _refuse_too_long(policy, recipe: Recipe, tokenizer, rows: list[dict], prompts: list) -> None:
@@ -271,4 +280,5 @@ def _rewind(directory: Path) -> Path | None:
         scratch = path.with_suffix(".tmp")
         scratch.write_text("".join(line for line in _whole_lines(path) if json.loads(line)["step"] <= step))
         os.replace(scratch, path)
+        rewind_changes(directory, step)
     return found[-1] if found else None

@@ -63,7 +63,7 @@ def _depends_on_the_row(model: nn.Module, config) -> str:
         return f"{config.model_type} has layers of the kind {', '.join(sorted(kinds))}"
     if rope_types & {"dynamic", "longrope"}:
         return f"its RoPE ({', '.join(rope_types & {'dynamic', 'longrope'})}) depends on the length of the row"
-    if attention not in ("sdpa", "eager"):
+    if attention not in ("sdpa", "eager", "flex_attention"):
         return f"attention {attention!r} takes no mask of our own; load the model with sdpa"
     return ""
 

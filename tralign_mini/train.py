@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from .batches import StepStream, collate_rows, group_of
-from .callbacks import Progress, StopCallback
+from .callbacks import Progress, StopCallback, TensorBoard, TrustRegionCallback
+from .changes import read_changes, region_at
 from .checkpoint import read_seal, restore_policy, save_policy, start_hash, weight_hash, write_seal
 from .logprobs import CompletionScorer, completion_logps
 from .models import compute_dtype, this_process
@@ -26,19 +27,6 @@ from .objective import StepSums, micro_batch_loss
 from .recipe import Recipe
 from .reference_cache import cached_logps
 from .sharing import NotExact, row_limit
-
-
-class TrustRegionCallback(TrainerCallback):
-    """Moves the reference after the optimizer step whenever the trust region says so (arXiv 2404.09656)."""
-
-    def __init__(self, trainer: AlignmentTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        trainer = self.trainer
-        if trainer.trust_region.is_due(state.global_step):
-            trainer.update_numbers = trainer.reference.update(trainer.trust_region.alpha)
-            trainer.reference_updates += 1
 
 
 class AlignmentTrainer(Trainer):
@@ -49,13 +37,16 @@ class AlignmentTrainer(Trainer):
     every `eval_steps` on the main process, returns numbers for the step's row. One row a step goes to
     `directory/metrics.jsonl`. cache: a folder in which log-probs of a reference that never moves are kept
     between runs; without it they are computed in every step. Where completions can share their prompt, they do.
+    control: called before every optimizer step as `control(step)`, counted from 1, returns the `TrustRegion`
+    that holds from this step on; what it changes is kept in `directory/changes.jsonl`. It may block: a pause.
     """
 
     # The loss is divided by the whole step's batch_size; Trainer must not divide by the accumulation again.
     loss_is_scaled_for_ga = True
 
     def __init__(
-        self, policy, reference, rows, recipe: Recipe, tokenizer, directory, *, evaluate=None, stop=None, cache=None
+        self, policy, reference, rows, recipe: Recipe, tokenizer, directory, *, evaluate=None, stop=None, cache=None,
+        control=None,
     ):
         self.policy, self.reference, self.recipe = policy, reference, recipe
         self.directory, self.evaluator = Path(directory), evaluate
@@ -70,7 +61,7 @@ class AlignmentTrainer(Trainer):
             train_dataset=self.stream,
             data_collator=self._collate,
             processing_class=tokenizer,
-            callbacks=[TrustRegionCallback(self)] + ([StopCallback(stop)] if stop else []),
+            callbacks=[TrustRegionCallback(self, control)] + ([StopCallback(stop)] if stop else []),
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
@@ -78,14 +69,18 @@ class AlignmentTrainer(Trainer):
                 "shard by shard. Use one process, or several with DistributedDataParallel (torchrun), or "
                 "tuning=qlora for memory."
             )
+        if control is not None and self.args.world_size > 1:
+            raise ValueError("A run that is steered while it trains needs one process: each would ask for itself.")
         self.sums = StepSums()
         self._last_row, self._clock = 0, time.perf_counter()
-        self.progress, self._tensorboard = Progress(), None
+        self.progress = Progress()
+        self.tensorboard = TensorBoard(self.directory / "tensorboard") if recipe.tensorboard else None
         self.remove_callback(PrinterCallback)
         self.add_callback(self.progress)
         self.row_limit = self._row_limit()
         never_moves = self.trust_region.updates(self.args.max_steps) == 0  # fixed, or tau beyond the last step
-        if cache is not None and reference is not None and never_moves:
+        steered = control is not None or read_changes(self.directory)
+        if cache is not None and reference is not None and never_moves and not steered:
             self.stream.reference_logps = self._cached_reference(cache)
 
     # The rows.
@@ -248,19 +243,8 @@ class AlignmentTrainer(Trainer):
             with open(self.directory / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
         self.progress.show(row)
-        if main and self.recipe.tensorboard:
-            self._write_tensorboard(row)
-
-    def _write_tensorboard(self, row: dict) -> None:
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # purge: what an interrupted run wrote after its last checkpoint is written again
-            self._tensorboard = SummaryWriter(self.directory / "tensorboard", purge_step=row["step"])
-        for name, value in row.items():
-            if isinstance(value, (int, float)):
-                self._tensorboard.add_scalar(name, value, row["step"])
-        self._tensorboard.flush()
+        if main and self.tensorboard:
+            self.tensorboard.write(row)
 
     def log(self, logs, start_time=None):
         """Trainer's own summary is left out: metrics.jsonl has everything."""
@@ -306,6 +290,8 @@ class AlignmentTrainer(Trainer):
         if self.reference is not None:
             self.reference.load(folder / "reference")
         self.reference_updates, self._last_row = seal["reference_updates"], seal["step"]
+        if changes := read_changes(self.directory):
+            self.trust_region = region_at(changes, seal["step"], self.trust_region)
 
 
 def training_arguments(recipe: Recipe, directory: Path, steps: int) -> TrainingArguments:
