@@ -155,9 +155,8 @@ def unpacked(batch: dict) -> list[tuple[list[int], list[int]]]:
     return out
 
 
-def make_trainer(
-    directory: Path, *, policy=None, reference_model=None, rows=None, evaluate=None, cache=None, control=None, **settings
-):
+def make_trainer(directory: Path, *, policy=None, reference_model=None, rows=None, evaluate=None, cache=None,
+                 control=None, **settings):
     """An `AlignmentTrainer` on a tiny GPT-NeoX in memory; `reference_model` defaults to a copy of it."""
     from tralign_mini.recipe import WITHOUT_REFERENCE, Recipe
     from tralign_mini.reference import FrozenReference

@@ -38,10 +38,8 @@ REFUSED = {
     "use_bdlora": LoraConfig(use_bdlora=BdLoraConfig()),
     "kasa_config": LoraConfig(kasa_config=KasaConfig()),
     "init_lora_weights='loftq'": LoraConfig(init_lora_weights="loftq", loftq_config=LoftQConfig()),
-} | {
-    f"init_lora_weights='{name}'": LoraConfig(init_lora_weights=name)
-    for name in ("pissa", "pissa_niter_4", "olora", "corda", "eva", "lora_ga", "mica")
-}
+} | {f"init_lora_weights='{name}'": LoraConfig(init_lora_weights=name)
+     for name in ("pissa", "pissa_niter_4", "olora", "corda", "eva", "lora_ga", "mica")}
 
 
 @pytest.mark.parametrize("named", REFUSED)
@@ -90,13 +88,11 @@ def test_other_policies_that_an_average_of_adapters_would_misread_are_refused():
 
 def everything(policy) -> tuple:
     """All that switching could leave changed."""
-    return (
-        policy.active_adapter, policy.base_model.active_adapters,
-        [(name, weight.requires_grad) for name, weight in policy.named_parameters()],
-        [(name, module.training) for name, module in policy.named_modules()],
-        [(list(layer.active_adapters), layer.disable_adapters) for layer in lora_layers(policy).values()],
-        torch.is_grad_enabled(),
-    )
+    return (policy.active_adapter, policy.base_model.active_adapters,
+            [(name, weight.requires_grad) for name, weight in policy.named_parameters()],
+            [(name, module.training) for name, module in policy.named_modules()],
+            [(list(layer.active_adapters), layer.disable_adapters) for layer in lora_layers(policy).values()],
+            torch.is_grad_enabled())
 
 
 def in_the_middle_of_training():

@@ -49,9 +49,8 @@ def test_the_head_of_gpt_neox_comes_back(tmp_path):
     saved, naive, start = tiny_neox(seed=1), tiny_neox(seed=2), tiny_neox(seed=2)
     stored = load_file(sealed(saved, tmp_path) / "model.safetensors")
     naive.load_state_dict(stored, strict=False)
-    assert not torch.equal(
-        naive.get_output_embeddings().weight, saved.get_output_embeddings().weight
-    )  # the trap
+    heads = [model.get_output_embeddings().weight for model in (naive, saved)]
+    assert not torch.equal(*heads)  # the trap
     restore_policy(start, tmp_path)
     assert torch.equal(start.get_output_embeddings().weight, saved.get_output_embeddings().weight)
 
@@ -70,9 +69,8 @@ def test_a_changed_weight_is_refused(tmp_path, kind):
 
     target = sealed(policy_of(kind, 1), tmp_path)
     tamper(target, change)
-    with pytest.raises(
-        ValueError, match="their hash differs.*delete it to resume from the checkpoint before"
-    ):
+    with pytest.raises(ValueError,
+                       match="their hash differs.*delete it to resume from the checkpoint before"):
         restore_policy(policy_of(kind, 2), target)
 
 
@@ -99,6 +97,12 @@ def test_half_a_file_is_refused(tmp_path, kind):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ValueError, match="cannot be read.*changed or damaged"):
         restore_policy(policy_of(kind, 1), target)
+
+
+def test_half_a_seal_is_refused(tmp_path):
+    (sealed(policy_of("neox", 1), tmp_path) / "tralign.json").write_text('{"weights": "a')
+    with pytest.raises(ValueError, match="its tralign.json cannot be read.*changed or damaged"):
+        restore_policy(policy_of("neox", 1), tmp_path)
 
 
 def test_checkpoints_are_found_in_the_order_of_their_steps(tmp_path):

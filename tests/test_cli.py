@@ -1,13 +1,16 @@
-"""The command line as a user meets it: what works, and one clear message with exit code 2 for all that cannot."""
+"""The command line as a user meets it: what works, and one clear message with exit code 2 for what cannot."""
 
 from __future__ import annotations
 
 import io
 import json
 import re
+import shutil
 import sys
+import types
 
 import pytest
+import torch
 from helpers import tiny_neox, tiny_tokenizer
 from rich.console import Console
 
@@ -17,7 +20,7 @@ LONG = "w3 " * 130
 
 
 def tralign(monkeypatch, capsys, *arguments):
-    """Run `tralign arguments...` in this process: exit code, what it printed, and its error message on one line."""
+    """Run `tralign arguments...` in this process: exit code, what it printed, its error message in a line."""
     monkeypatch.setattr(sys, "argv", ["tralign", *map(str, arguments)])
     monkeypatch.setattr(cli, "console", Console(width=300))
     try:
@@ -39,9 +42,10 @@ def place(tmp_path_factory):
     no_eos.eos_token = None
     tiny_neox().save_pretrained(root / "no-eos")
     no_eos.save_pretrained(root / "no-eos")
-    pairs = [
-        {"prompt": f"w{3 + i} w{4 + i}", "chosen": " w5 w6", "rejected": f" w7 w{8 + i}"} for i in range(40)
-    ]
+    shutil.copytree(root / "model", root / "half")
+    (root / "half" / "model.safetensors").write_bytes(b"half of a file")
+    pairs = [{"prompt": f"w{3 + i} w{4 + i}", "chosen": " w5 w6", "rejected": f" w7 w{8 + i}"}
+             for i in range(40)]
     files = {
         "pairs.jsonl": pairs,
         "same.jsonl": [pair | {"rejected": pair["chosen"]} for pair in pairs],
@@ -50,9 +54,8 @@ def place(tmp_path_factory):
         "number.jsonl": [*pairs, {"prompt": "w3", "chosen": 4, "rejected": "w5"}],
         "label.jsonl": [{"prompt": "w3", "completion": "w4", "label": "good"}],
         "unpaired.jsonl": [{"prompt": f"w{i}", "completion": "w4", "label": True} for i in range(3, 60)],
-        "single.jsonl": [
-            {"prompt": f"w{3 + i // 20}", "chosen": " w5", "rejected": f" w{6 + i}"} for i in range(40)
-        ],
+        "single.jsonl": [{"prompt": f"w{3 + i // 20}", "chosen": " w5", "rejected": f" w{6 + i}"}
+                         for i in range(40)],
         "long.jsonl": [pair | {"prompt": LONG} for pair in pairs[:1]] + pairs,
     }
     for name, rows in files.items():
@@ -62,9 +65,9 @@ def place(tmp_path_factory):
     (root / "pairs.xlsx").write_text("no")
     (root / "broken.yaml").write_text("model: [")
     (root / "list.yaml").write_text("- model\n")
-    settings = {"model": str(root / "model"), "data": str(root / "pairs.jsonl"), "batch_size": 8, "max_steps": 3,
-                "max_prompt_tokens": 100, "max_completion_tokens": 12, "eval_steps": 3, "eval_prompts": 3,
-                "learning_rate": 1e-3}  # fmt: skip
+    settings = {"model": str(root / "model"), "data": str(root / "pairs.jsonl"), "batch_size": 8,
+                "max_steps": 3, "max_prompt_tokens": 100, "max_completion_tokens": 12, "eval_steps": 3,
+                "eval_prompts": 3, "learning_rate": 1e-3}
     (root / "recipe.yaml").write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
     return root
 
@@ -96,7 +99,8 @@ BAD = [
     (["train", "R", "beta=warm"], ["beta=warm", "number"]),
     (["train", "R", "method=dop"], ["method=dop", "did you mean 'dpo'"]),
     (["train", "R", "reference=moving"], ["reference=moving", "fixed, soft, hard"]),
-    (["train", "R", "reference=hard", "tau=2", "alpha=0.5"], ["reference=hard copies the policy", "reference=soft"]),
+    (["train", "R", "reference=hard", "tau=2", "alpha=0.5"],
+     ["reference=hard copies the policy", "reference=soft"]),
     (["train", "R", "reference=hard"], ["reference=hard needs tau"]),
     (["train", "R", "method=simpo", "reference=soft"], ["simpo has no reference"]),
     (["train", "R", "method=simpo", "logps=sum"], ["logps=sum"]),
@@ -121,27 +125,28 @@ BAD = [
     (["train", "R", "data={place}/single.jsonl", "method=kto"], ["single prompt", "z0"]),
     (["train", "R", "train_pairs=900"], ["train_pairs=900", "has only"]),
     (["train", "R", "batch_size=64"], ["less than one batch"]),
-    (["train", "R", "data={place}/long.jsonl", "max_completion_tokens=60"], ["128 positions", "max_prompt_tokens"]),
+    (["train", "R", "data={place}/long.jsonl", "max_completion_tokens=60"],
+     ["128 positions", "max_prompt_tokens"]),
     # the model
     (["train", "R", "model={place}/none"], ["none", "save_pretrained"]),
     (["train", "R", "model=someone/model"], ["someone/model", "on the Hugging Face Hub"]),
     (["train", "R", "model={place}/no-eos"], ["no end-of-sequence token"]),
+    (["train", "R", "model={place}/half"], ["half", "could not be loaded"]),
     # runs
     (["train", "R", "output={place}/run"], ["already holds a run", "resume=true"]),
-    (["train", "R", "output={place}/run", "resume=true", "beta=0.3"], ["other settings", "beta: 0.05 then, 0.3 now"]),
+    (["train", "R", "output={place}/run", "resume=true", "beta=0.3"],
+     ["other settings", "beta: 0.05 then, 0.3 now"]),
     (["evaluate", "{place}/model"], ["model is not a run's directory"]),
     (["evaluate", "{place}/run", "--prompts", "0"], ["eval_prompts=0"]),
     (["compare", "{place}/run", "{place}/none"], ["none"]),
     (["chat", "{place}"], ["no whole checkpoint"]),
-]  # fmt: skip
+]
+NAMES = [" ".join(arguments).replace("{place}/", "") for arguments, _ in BAD]
 
 
-@pytest.mark.parametrize(
-    "arguments, expected", BAD, ids=[" ".join(a).replace("{place}/", "") for a, _ in BAD]
-)
-def test_bad_input_gets_one_message_and_exit_code_2(
-    place, run, monkeypatch, capsys, tmp_path, arguments, expected
-):
+@pytest.mark.parametrize("arguments, expected", BAD, ids=NAMES)
+def test_bad_input_gets_one_message_and_exit_code_2(place, run, monkeypatch, capsys, tmp_path, arguments,
+                                                    expected):
     monkeypatch.chdir(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
     arguments = [argument.replace("{place}", str(place)) for argument in arguments]
@@ -152,15 +157,14 @@ def test_bad_input_gets_one_message_and_exit_code_2(
     assert "Traceback" not in message and message.count("error:") == 1
     for part in expected:
         assert part in message, message
-    assert {
-        path: path.stat().st_mtime_ns for path in place.rglob("*")
-    } == before  # nothing was lost or written
+    after = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    assert after == before  # nothing was lost or written
     assert not list(tmp_path.rglob("recipe.yaml"))  # and no half run was begun
 
 
 def test_train_prints_the_plan_and_writes_the_run(place, monkeypatch, capsys, tmp_path):
     code, out, _ = tralign(monkeypatch, capsys, "train", place / "recipe.yaml", "reference=hard", "tau=3",
-                           f"output={tmp_path / 'run'}")  # fmt: skip
+                           f"output={tmp_path / 'run'}")
     assert code == 0
     assert "copies the policy, every 3 steps" in out
     assert "WARNING" in out and "moves only after the last step" in out
@@ -193,6 +197,34 @@ def test_chat_shows_three_answers_and_the_log_ratio(run, monkeypatch):
     assert shown.count("nats") == 6
 
 
+def test_a_typed_line_becomes_a_message_where_the_run_was_trained_on_messages(monkeypatch):
+    example = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}]
+    for prompts, expected in (([example], [{"role": "user", "content": "w5\nw6"}]), (["w3"], "w5\nw6")):
+        run = types.SimpleNamespace(held_out_prompts=lambda prompts=prompts: prompts, policy=tiny_neox())
+        asked, lines, console = [], iter(["example", "example", r"w5\nw6", ""]), Console(file=io.StringIO())
+        monkeypatch.setattr(console, "input", lambda prompt, lines=lines: next(lines))
+        monkeypatch.setattr(chat, "Run", lambda directory, run=run: run)
+        monkeypatch.setattr(chat, "answer", lambda run, prompt, asked=asked, **_: asked.append(prompt) or {})
+        chat.converse("somewhere", 1.0, console)
+        assert asked == [prompts[0], expected]
+        assert "no more held-out prompts" in console.file.getvalue()
+
+
+def test_a_lack_of_memory_says_what_to_lower(monkeypatch, capsys):
+    def train(*arguments, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("tralign_mini.runs.train", train)
+    code, _, message = tralign(monkeypatch, capsys, "train", "little-tldr")
+    assert code == 2 and "lower micro_batch_size" in message and "Tried to allocate 2 GiB" in message
+
+
+def test_a_bug_is_not_hidden(monkeypatch, capsys):
+    monkeypatch.setattr("tralign_mini.runs.train", lambda *arguments, **settings: {}["key"])
+    with pytest.raises(KeyError):
+        tralign(monkeypatch, capsys, "train", "little-tldr")
+
+
 def test_answers_of_equal_models_are_equal_and_have_ratio_zero(place):
     """Before the first step initial policy, policy and reference are one and the same."""
     import tralign_mini as tr
@@ -204,15 +236,13 @@ def test_answers_of_equal_models_are_equal_and_have_ratio_zero(place):
 
 
 def test_doctor_names_versions_device_and_what_would_fail(monkeypatch, capsys):
-    import torch
     import transformers
 
     from tralign_mini import doctor
 
     installed = doctor._version
-    monkeypatch.setattr(
-        doctor, "_version", lambda package: None if package == "bitsandbytes" else installed(package)
-    )
+    monkeypatch.setattr(doctor, "_version",
+                        lambda package: None if package == "bitsandbytes" else installed(package))
     code, out, _ = tralign(monkeypatch, capsys, "doctor")
     assert code == 0
     assert torch.__version__.split("+")[0] in out and transformers.__version__ in out

@@ -45,9 +45,8 @@ def next_logits(model, ids):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_first_tokens_follow_the_softmax(model, tokenizer, temperature):
     n = 4000
-    drawn = sample(
-        model, tokenizer, ["w5 w6 w7"] * n, max_completion_tokens=1, temperature=temperature, batch_size=1000
-    )
+    drawn = sample(model, tokenizer, ["w5 w6 w7"] * n, max_completion_tokens=1, temperature=temperature,
+                   batch_size=1000)
     counts = np.bincount([completion[0] for _, completion in drawn.sequences], minlength=VOCAB)
     expected = torch.softmax(next_logits(model, [5, 6, 7]) / temperature, -1).numpy() * n
     common = expected >= 5  # chi-square: rare tokens go into one bin
@@ -65,10 +64,8 @@ def test_every_token_is_conditioned_on_what_was_drawn_before(model, tokenizer):
     counts = np.bincount([c[1] for c in seconds if c[0] == first], minlength=VOCAB)
     expected = torch.softmax(next_logits(model, [5, 6, 7, int(first)]), -1).numpy() * counts.sum()
     common = expected >= 5
-    observed, expected = (
-        np.append(counts[common], counts[~common].sum()),
-        np.append(expected[common], expected[~common].sum()),
-    )
+    observed, expected = (np.append(counts[common], counts[~common].sum()),
+                          np.append(expected[common], expected[~common].sum()))
     assert stats.chisquare(observed, expected).pvalue > 1e-3
 
 
@@ -83,9 +80,8 @@ def test_greedy_is_argmax_whatever_the_batch(build, tokenizer):
             completion.append(int(next_logits(model, ids + completion).argmax()))
         expected.append((ids, completion))
     for batch_size in (1, 2, 64):  # 2 and 64 pad on the left
-        drawn = sample(
-            model, tokenizer, PROMPTS, max_completion_tokens=6, temperature=0, batch_size=batch_size
-        )
+        drawn = sample(model, tokenizer, PROMPTS, max_completion_tokens=6, temperature=0,
+                       batch_size=batch_size)
         assert [(list(p), list(c)) for p, c in drawn.sequences] == expected
         assert drawn.texts == [tokenizer.decode(c, skip_special_tokens=True) for _, c in expected]
 
@@ -98,23 +94,20 @@ def test_the_seed_decides(model, tokenizer):
     assert draw(1).texts != draw(2).texts
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"top_k": 1},
-        {"top_p": 0.01},
-        {"repetition_penalty": 1e4},
-        {"no_repeat_ngram_size": 1},
-        {"min_new_tokens": 8},
-        {"suppress_tokens": list(range(2, 40))},
-        {"forced_eos_token_id": EOS},
-        {"num_beams": 3},
-        {"temperature": 0.01},
-        {"max_length": 4},
-        {"eos_token_id": 30},
-        {"min_p": 0.9},
-    ],
-)
+@pytest.mark.parametrize("settings", [
+    {"top_k": 1},
+    {"top_p": 0.01},
+    {"repetition_penalty": 1e4},
+    {"no_repeat_ngram_size": 1},
+    {"min_new_tokens": 8},
+    {"suppress_tokens": list(range(2, 40))},
+    {"forced_eos_token_id": EOS},
+    {"num_beams": 3},
+    {"temperature": 0.01},
+    {"max_length": 4},
+    {"eos_token_id": 30},
+    {"min_p": 0.9},
+])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_models_generation_config_does_not_leak(model, tokenizer, settings, temperature):
     def draw():
@@ -130,25 +123,21 @@ def test_the_models_generation_config_does_not_leak(model, tokenizer, settings, 
 
 def test_a_peft_models_generation_config_does_not_leak(tokenizer):
     torch.manual_seed(0)
-    policy = get_peft_model(
-        tiny_neox(), LoraConfig(r=2, init_lora_weights=False, target_modules=["query_key_value"])
-    )
+    policy = get_peft_model(tiny_neox(),
+                            LoraConfig(r=2, init_lora_weights=False, target_modules=["query_key_value"]))
     base = policy.get_base_model()
     policy.generation_config = GenerationConfig(top_k=1)
     base.generation_config = own = GenerationConfig(top_p=0.01)
     drawn = sample(policy, tokenizer, PROMPTS, max_completion_tokens=8)
     assert len(set(drawn.texts)) > 1 and drawn != sample(
-        policy, tokenizer, PROMPTS, max_completion_tokens=8, temperature=0
-    )
+        policy, tokenizer, PROMPTS, max_completion_tokens=8, temperature=0)
     assert base.generation_config is own
     greedy = sample(policy, tokenizer, ["w5 w6 w7"], max_completion_tokens=1, temperature=0).sequences[0][1]
     assert greedy == [int(next_logits(policy, [5, 6, 7]).argmax())]  # the adapter is on ...
     with policy.disable_adapter():
         off = sample(policy, tokenizer, PROMPTS, max_completion_tokens=8)
     assert off != drawn
-    assert off == sample(
-        tiny_neox(), tokenizer, PROMPTS, max_completion_tokens=8
-    )  # ... and off when it is off
+    assert off == sample(tiny_neox(), tokenizer, PROMPTS, max_completion_tokens=8)  # ... or off
 
 
 def test_a_sampled_eos_ends(tokenizer):
@@ -208,9 +197,8 @@ def test_modes_come_back_after_an_error(model, tokenizer, monkeypatch):
 
 
 def test_long_prompts_keep_their_end(model, tokenizer):
-    drawn = sample(
-        model, tokenizer, ["w3 w4 w5 w6 w7"], max_completion_tokens=1, max_prompt_tokens=2, temperature=0
-    )
+    drawn = sample(model, tokenizer, ["w3 w4 w5 w6 w7"], max_completion_tokens=1, max_prompt_tokens=2,
+                   temperature=0)
     assert drawn.sequences[0][0] == [6, 7]
     assert drawn.sequences[0][1] == [int(next_logits(model, [6, 7]).argmax())]
 
@@ -229,18 +217,15 @@ def test_no_prompts_no_samples(model, tokenizer):
     assert sample(model, tokenizer, [], max_completion_tokens=2) == ([], [])
 
 
-@pytest.mark.parametrize(
-    "prompts, change, message",
-    [
-        (PROMPTS, {"max_completion_tokens": 0}, "at least 1"),
-        (PROMPTS, {"batch_size": 0}, "at least 1"),
-        (PROMPTS, {"temperature": -1.0}, "greedy"),
-        (PROMPTS, {"temperature": float("nan")}, "greedy"),
-        (PROMPTS, {"temperature": float("inf")}, "greedy"),
-        (["w5", ""], {}, "Prompt 1 has no tokens"),
-        (["w5 " * 125], {}, "128 positions.*max_prompt_tokens=124"),
-    ],
-)
+@pytest.mark.parametrize("prompts, change, message", [
+    (PROMPTS, {"max_completion_tokens": 0}, "at least 1"),
+    (PROMPTS, {"batch_size": 0}, "at least 1"),
+    (PROMPTS, {"temperature": -1.0}, "greedy"),
+    (PROMPTS, {"temperature": float("nan")}, "greedy"),
+    (PROMPTS, {"temperature": float("inf")}, "greedy"),
+    (["w5", ""], {}, "Prompt 1 has no tokens"),
+    (["w5 " * 125], {}, "128 positions.*max_prompt_tokens=124"),
+])
 def test_refusals(model, tokenizer, prompts, change, message):
     with pytest.raises(ValueError, match=message):
         sample(model, tokenizer, prompts, **{"max_completion_tokens": 4} | change)

@@ -287,10 +287,8 @@ PAIRS = [
     {"prompt": "w20 w21 w22 w23 w24", "chosen": " w25", "rejected": " w26 w27"},
 ]
 # TRL's ORPO averages its likelihood over the batch's tokens, prompts included: the same only for such pairs
-ONE_TOKEN_PROMPTS = [
-    {"prompt": "w12", "chosen": " w13 w14 w15", "rejected": " w16"},
-    {"prompt": "w40", "chosen": " w41 w42 w43", "rejected": " w44 w45 w46 w47"},
-]
+ONE_TOKEN_PROMPTS = [{"prompt": "w12", "chosen": " w13 w14 w15", "rejected": " w16"},
+                     {"prompt": "w40", "chosen": " w41 w42 w43", "rejected": " w44 w45 w46 w47"}]
 
 
 @pytest.fixture
@@ -318,7 +316,8 @@ def assert_same_step(policy, losses, trainer, loss):
     losses.mean().backward()
     torch.testing.assert_close(losses.mean().detach(), loss, rtol=0, atol=1e-5)
     for (name, ours), theirs in zip(policy.named_parameters(), trainer.model.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5,
+                                   msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])

@@ -116,15 +116,13 @@ def test_same_seed_same_interval():
     a, b = list(range(20)), [9.5] * 20
     assert metrics.win_rate(a, b, seed=3) == metrics.win_rate(a, b, seed=3)
     assert metrics.probability_of_improvement(a, b, seed=3) == metrics.probability_of_improvement(
-        a, b, seed=3
-    )
+        a, b, seed=3)
 
 
 def plain_self_bleu(texts, n):
     bleu = BLEU(max_ngram_order=n, effective_order=True)
     return np.mean(
-        [bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score / 100 for i, text in enumerate(texts)]
-    )
+        [bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score / 100 for i, text in enumerate(texts)])
 
 
 words = st.lists(st.sampled_from("a b c d the cat".split()), min_size=1, max_size=12).map(" ".join)
@@ -165,24 +163,21 @@ def test_distinct_n_by_hand():
     assert metrics.distinct_n(["a b a b", "a b"], 2) == pytest.approx(2 / 4)  # ab ba ab | ab
 
 
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: metrics.mean_interval([]), "at least one number"),
-        (lambda: metrics.mean_interval([[1, 2]]), r"shape \(1, 2\)"),
-        (lambda: metrics.mean_interval([1, float("nan")]), "not finite, the first at index 1"),
-        (lambda: metrics.win_rate([1, 2], [1]), "a has 2 scores and b has 1"),
-        (lambda: metrics.win_rate([1, 2], [1, float("inf")]), "b holds 1 value"),
-        (lambda: metrics.probability_of_improvement([], [1]), "a has shape"),
-        (lambda: metrics.self_bleu(["one"]), "at least 2"),
-        (lambda: metrics.self_bleu("one text"), "single string"),
-        (lambda: metrics.self_bleu(["a", None]), r"texts\[1\] is NoneType"),
-        (lambda: metrics.self_bleu(["a", "b"], n=0), "n >= 1"),
-        (lambda: metrics.distinct_n([], 1), "at least 1"),
-        (lambda: metrics.distinct_n(["a b"], 3), "smaller n"),
-        (lambda: metrics.distinct_n(["a b"], 0), "n >= 1"),
-    ],
-)
+@pytest.mark.parametrize("call, message", [
+    (lambda: metrics.mean_interval([]), "at least one number"),
+    (lambda: metrics.mean_interval([[1, 2]]), r"shape \(1, 2\)"),
+    (lambda: metrics.mean_interval([1, float("nan")]), "not finite, the first at index 1"),
+    (lambda: metrics.win_rate([1, 2], [1]), "a has 2 scores and b has 1"),
+    (lambda: metrics.win_rate([1, 2], [1, float("inf")]), "b holds 1 value"),
+    (lambda: metrics.probability_of_improvement([], [1]), "a has shape"),
+    (lambda: metrics.self_bleu(["one"]), "at least 2"),
+    (lambda: metrics.self_bleu("one text"), "single string"),
+    (lambda: metrics.self_bleu(["a", None]), r"texts\[1\] is NoneType"),
+    (lambda: metrics.self_bleu(["a", "b"], n=0), "n >= 1"),
+    (lambda: metrics.distinct_n([], 1), "at least 1"),
+    (lambda: metrics.distinct_n(["a b"], 3), "smaller n"),
+    (lambda: metrics.distinct_n(["a b"], 0), "n >= 1"),
+])
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()

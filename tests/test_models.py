@@ -20,6 +20,7 @@ from helpers import (
 )
 from lora_helpers import adapted, dense, lora_layers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import tralign_mini as tr
@@ -37,10 +38,8 @@ def recipe(folder, **settings):
 def folders(tmp_path_factory):
     """A folder of each architecture, the weights stored in bfloat16 as on the Hub."""
     root = tmp_path_factory.mktemp("models")
-    return {
-        make: write_model(root / make.__name__, make(hidden_size=64).bfloat16())
-        for make in (tiny_neox, tiny_llama)
-    }
+    return {make: write_model(root / make.__name__, make(hidden_size=64).bfloat16())
+            for make in (tiny_neox, tiny_llama)}
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +74,8 @@ def test_lora_trains_float32_factors_on_all_linear_layers_but_the_head(folders, 
     for name, parameter in policy.named_parameters():
         assert parameter.requires_grad == (".default." in name), name
         assert parameter.dtype == torch.float32, name
-    assert all(
-        layer.r["default"] == 3 and layer.scaling["default"] == 2 for layer in lora_layers(policy).values()
-    )
+    assert all(layer.r["default"] == 3 and layer.scaling["default"] == 2
+               for layer in lora_layers(policy).values())
 
 
 def test_lora_settings_arrive(folders):
@@ -151,7 +149,7 @@ def test_gradient_checkpointing_recomputes_the_same_gradients(folders, monkeypat
         return {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}, len(passes)
 
     (plain, once), (checkpointed, twice) = gradients(False), gradients(True)
-    assert twice > 1.5 * once  # it did recompute
+    assert twice > 1.3 * once  # it did recompute: all layers, though not the head
     assert all(torch.allclose(plain[name], checkpointed[name], rtol=1e-5, atol=1e-6) for name in plain)
     assert all(gradient.abs().sum() > 0 for name, gradient in plain.items() if "lora" in name)
 
@@ -161,9 +159,8 @@ def test_a_run_with_gradient_checkpointing_is_the_same_run(tmp_path, monkeypatch
     settings = {"tuning": "lora", "reference": "soft", "max_steps": 4, "eval_prompts": 1, "lora_dropout": 0.2}
     for name, on in (("plain", False), ("checkpointed", True)):
         tr.train(tiny_run(tmp_path, output=str(tmp_path / name), gradient_checkpointing=on, **settings))
-    for plain, checkpointed in zip(
-        metrics(tmp_path / "plain"), metrics(tmp_path / "checkpointed"), strict=True
-    ):
+    for plain, checkpointed in zip(metrics(tmp_path / "plain"), metrics(tmp_path / "checkpointed"),
+                                   strict=True):
         assert plain == pytest.approx(checkpointed, rel=1e-5, abs=1e-6)
 
 
@@ -188,8 +185,7 @@ def test_training_goes_on_from_an_adapter_and_keeps_it_as_the_initial_policy(ada
         assert torch.equal(product, dense(stored)[name]) and product.abs().sum() > 0
         assert torch.allclose(dense(policy, "initial")[name], product)
     assert {name for name, p in policy.named_parameters() if p.requires_grad} == {
-        name for name, _ in policy.named_parameters() if ".default." in name
-    }
+        name for name, _ in policy.named_parameters() if ".default." in name}
 
 
 def test_an_adapter_cannot_be_trained_in_full(adapter):
@@ -238,9 +234,8 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 
 
 def test_an_unknown_model_is_named_with_what_would_do(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"model='\./nothing-there' could not be loaded; looked for as a local folder\."
-    ):
+    with pytest.raises(ValueError,
+                       match=r"model='\./nothing-there' could not be loaded; looked for as a local folder\."):
         models.load_base("./nothing-there", torch.float32)
     with pytest.raises(ValueError, match="as a local folder and on the Hugging Face Hub.*little-tldr"):
         models.load_base("nobody/nothing-there", torch.float32)
@@ -252,20 +247,61 @@ def test_a_folder_without_a_model_says_so(tmp_path):
         models.load_base(str(tmp_path), torch.float32)
 
 
+def cut(tensors):
+    del tensors[max(tensors)]
+
+
+@pytest.mark.parametrize("change, message", [
+    (cut, "its files lack .*weight, which would be random"),  # transformers would draw it, with a warning
+    (lambda tensors: tensors.update({key: value[:3] for key, value in tensors.items()}), "mismatched_sizes"),
+])
+def test_a_model_whose_weights_do_not_fit_is_refused(tmp_path, change, message):
+    write_model(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"could not be loaded; looked for as a local folder.*{message}"):
+        models.load_base(str(tmp_path), torch.float32)
+
+
+def test_an_adapter_is_not_taken_for_a_whole_model(adapter):
+    with pytest.raises(ValueError, match="it is a PEFT adapter: download it"):  # as one on the Hub would be
+        models.load_base(str(adapter), torch.float32)
+
+
+def test_half_a_file_is_refused(tmp_path):
+    file = write_model(tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="could not be loaded; .*Reason: .*deserializing header"):
+        models.load_base(str(tmp_path), torch.float32)
+
+
+def test_an_adapter_that_is_incomplete_is_refused(adapter, tmp_path):
+    for file in adapter.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    cut(tensors)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"could not be loaded.*missing adapter keys.*lora_B"):
+        tr_policy(tmp_path, tuning="lora")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    for load in (lambda: tr_policy(tmp_path, tuning="lora"), lambda: models.load_tokenizer(str(tmp_path))):
+        with pytest.raises(ValueError, match="names no base_model_name_or_path"):
+            load()
+
+
 def test_an_embedded_world_names_its_own_model():
     assert models.model_path("little-tldr").endswith("little-tldr/model")
     assert models.model_path("/some/folder") == "/some/folder"
 
 
-@pytest.mark.parametrize(
-    ("dtype", "gpu", "expected"),
-    [
-        ("auto", False, torch.float32),
-        ("auto", True, torch.bfloat16),
-        ("float32", True, torch.float32),
-        ("bfloat16", False, torch.bfloat16),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "gpu", "expected"), [
+    ("auto", False, torch.float32),
+    ("auto", True, torch.bfloat16),
+    ("float32", True, torch.float32),
+    ("bfloat16", False, torch.bfloat16),
+])
 def test_the_dtype_of_the_arithmetic(monkeypatch, dtype, gpu, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: gpu)

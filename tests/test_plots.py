@@ -23,21 +23,12 @@ def history(steps=40, every=10, tau=8, **columns):
     """A run: evaluations every few steps only, the reference moves every tau steps."""
     step = np.arange(1, steps + 1)
     measured = step % every == 0
-    table = pd.DataFrame(
-        {
-            "step": step,
-            "loss": 1 / step,
-            "rewards/margin": step / 10,
-            "rewards/accuracy": 0.5 + step / 100,
-            "logps/chosen": -20.0 - step,
-            "logps/rejected": -20.0 - 2 * step,
-            "reference_updates": step // tau,
-            "alpha": 0.6,
-            "kl/initial": np.where(measured, step / 10, np.nan),
-            "kl/reference": np.where(measured, step / 30, np.nan),
-            "gold/reward": np.where(measured, 1 + step / 50, np.nan),
-        }
-    )
+    table = pd.DataFrame({"step": step, "loss": 1 / step, "rewards/margin": step / 10,
+                          "rewards/accuracy": 0.5 + step / 100, "logps/chosen": -20.0 - step,
+                          "logps/rejected": -20.0 - 2 * step, "reference_updates": step // tau, "alpha": 0.6,
+                          "kl/initial": np.where(measured, step / 10, np.nan),
+                          "kl/reference": np.where(measured, step / 30, np.nan),
+                          "gold/reward": np.where(measured, 1 + step / 50, np.nan)})
     return table.assign(**columns)
 
 
@@ -48,9 +39,8 @@ def several():
 
 def lines(ax, color=None, minimum=2):
     """Data lines of an axes (not the helper lines, which span the axes)."""
-    found = [
-        line for line in ax.lines if len(line.get_xdata()) >= minimum and line.get_transform() == ax.transData
-    ]
+    found = [line for line in ax.lines if len(line.get_xdata()) >= minimum
+             and line.get_transform() == ax.transData]
     return [line for line in found if color is None or to_hex(line.get_color()) == color.lower()]
 
 
@@ -65,19 +55,14 @@ def dotted(ax):
 def test_training_curves_hold_every_step():
     figure = plots.training_curves(history())
     by_title = {ax.get_title(loc="left"): ax for ax in figure.axes}
-    assert list(by_title) == [
-        "Loss",
-        "Reward margin",
-        "Reward accuracy",
-        "Log-probability of the completions",
-    ]
+    assert list(by_title) == ["Loss", "Reward margin", "Reward accuracy",
+                              "Log-probability of the completions"]
     thin = lines(by_title["Loss"])[0]
     assert thin.get_xdata().tolist() == list(range(1, 41))
     assert thin.get_ydata() == pytest.approx(1 / np.arange(1, 41))
     assert by_title["Reward accuracy"].get_ylim() == (-0.02, 1.02)
-    assert {"chosen", "rejected"} <= {
-        text.get_text() for text in by_title["Log-probability of the completions"].texts
-    }
+    assert {"chosen", "rejected"} <= {text.get_text()
+                                      for text in by_title["Log-probability of the completions"].texts}
     assert all(ax.get_ylabel() for ax in figure.axes) and figure.axes[-1].get_xlabel() == "optimizer step"
 
 
@@ -103,16 +88,13 @@ def test_many_updates_become_a_remark():
     assert any("the reference moved 100 times" in text for text in texts(figure))
 
 
-@pytest.mark.parametrize(
-    "columns, kind",
-    [
-        ({"reference_updates": 0}, "fixed"),
-        ({}, "soft"),
-        ({"alpha": 1.0}, "hard"),
-        ({"reference": "none"}, "none"),
-        ({"reference": "initial"}, "initial"),
-    ],
-)
+@pytest.mark.parametrize("columns, kind", [
+    ({"reference_updates": 0}, "fixed"),
+    ({}, "soft"),
+    ({"alpha": 1.0}, "hard"),
+    ({"reference": "none"}, "none"),
+    ({"reference": "initial"}, "initial"),
+])
 def test_a_colour_means_a_kind_of_reference(columns, kind):
     for draw in FIGURES:
         ax = draw(history(**columns)).axes[0]
@@ -164,15 +146,9 @@ def test_a_negative_kl_estimate_is_drawn_at_zero():
 
 
 def test_intervals_show_points_bars_and_numbers():
-    table = pd.DataFrame(
-        {
-            "run": ["initial policy", "x", "y", "z"],
-            "reference": ["initial", "fixed", "hard", "soft"],
-            "gold": [0.5, 1.5, 2.0, np.nan],
-            "low": [0.4, 1.25, np.nan, np.nan],
-            "high": [0.6, 1.75, np.nan, np.nan],
-        }
-    )
+    table = pd.DataFrame({"run": ["initial policy", "x", "y", "z"],
+                          "reference": ["initial", "fixed", "hard", "soft"], "gold": [0.5, 1.5, 2.0, np.nan],
+                          "low": [0.4, 1.25, np.nan, np.nan], "high": [0.6, 1.75, np.nan, np.nan]})
     figure = plots.intervals(table, value="gold", title="t", xlabel="gold reward", baseline=0.5)
     ax = figure.axes[0]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["initial policy", "x", "y"]
@@ -182,18 +158,10 @@ def test_intervals_show_points_bars_and_numbers():
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(
-    "table",
-    [
-        history().head(1),
-        history().drop(columns="gold/reward"),
-        history(steps=1, every=1),
-        history()[["step", "loss"]],
-        several().groupby("run").head(1),
-        history(**{"rewards/margin": np.nan, "logps/rejected": np.nan}),
-        history(**{"kl/initial": 0.0}),
-    ],
-)
+@pytest.mark.parametrize("table", [
+    history().head(1), history().drop(columns="gold/reward"), history(steps=1, every=1),
+    history()[["step", "loss"]], several().groupby("run").head(1),
+    history(**{"rewards/margin": np.nan, "logps/rejected": np.nan}), history(**{"kl/initial": 0.0})])
 def test_sparse_histories_are_drawn(table):
     before = table.copy()
     for draw in FIGURES:
@@ -234,21 +202,14 @@ def test_long_names_lose_their_middle():
     assert len(short) == 28 and short.startswith("little-tldr-dp") and short.endswith("au-16-seed-3")
 
 
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (
-            lambda: plots.training_curves(pd.DataFrame({"step": [1], "speed": [2]})),
-            "Its columns: step, speed",
-        ),
-        (
-            lambda: plots.intervals(
-                pd.DataFrame({"run": ["a"], "gold": [np.nan]}), value="gold", title="", xlabel=""
-            ),
-            "No row has a 'gold'",
-        ),
-    ],
-)
+@pytest.mark.parametrize("call, message", [
+    (lambda: plots.training_curves(pd.DataFrame({"step": [1], "speed": [2]})), "Its columns: step, speed"),
+    (
+        lambda: plots.intervals(pd.DataFrame({"run": ["a"], "gold": [np.nan]}), value="gold", title="",
+                                xlabel=""),
+        "No row has a 'gold'",
+    ),
+])
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -23,9 +23,8 @@ ARCHITECTURES = pytest.mark.parametrize("make", [tiny_neox, tiny_llama])  # laye
 def four_bit(make, folder, **lora):
     """LoRA on a base that was saved and loaded in NF4; unguarded."""
     make(hidden_size=64).save_pretrained(folder)
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                bnb_4bit_compute_dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
     torch.manual_seed(0)
     settings = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear", "init_lora_weights": False} | lora

@@ -41,15 +41,11 @@ def test_every_link_leads_to_a_file(link):
 def test_python_examples_use_public_names():
     for block in re.findall(r"```python\n(.*?)```", README, re.S):
         tree = ast.parse(block)
-        used = {
-            node.attr
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "tr"
-        }
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+                and getattr(node.value, "id", "") == "tr"}
         assert used and used <= set(public_names)
 
 
 def test_the_table_of_methods_is_complete():
     assert re.findall(r"^\| `(\w+)` \|", README, re.M)[1:] == list(
-        get_args(Recipe.model_fields["method"].annotation)
-    )
+        get_args(Recipe.model_fields["method"].annotation))

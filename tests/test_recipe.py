@@ -210,13 +210,11 @@ texts = st.text(st.characters(codec="utf-8", exclude_characters="~"), min_size=1
 numbers = st.floats(1e-300, 1e300)
 
 
-@given(
-    model=texts, data=texts, output=texts, beta=numbers, learning_rate=numbers,
-    alpha=st.none() | st.floats(0, 1, exclude_min=True), tau=st.none() | st.integers(1, 10**9),
-    reference=st.sampled_from(["fixed", "soft"]), tuning=st.sampled_from(["full", "lora", "qlora"]),
-    max_steps=st.none() | st.integers(1), lora_rank=st.integers(1, 999), seed=st.integers(0, 2**32 - 1),
-    resume=st.booleans(),
-)
+@given(model=texts, data=texts, output=texts, beta=numbers, learning_rate=numbers,
+       alpha=st.none() | st.floats(0, 1, exclude_min=True), tau=st.none() | st.integers(1, 10**9),
+       reference=st.sampled_from(["fixed", "soft"]), tuning=st.sampled_from(["full", "lora", "qlora"]),
+       max_steps=st.none() | st.integers(1), lora_rank=st.integers(1, 999), seed=st.integers(0, 2**32 - 1),
+       resume=st.booleans())
 def test_a_saved_recipe_is_the_same_recipe(tmp_path_factory, **settings):
     recipe = Recipe(**settings)
     path = tmp_path_factory.getbasetemp() / "round-trip.yaml"
@@ -240,16 +238,13 @@ def test_overrides_are_yaml_scalars():
     assert Recipe.load("little-tldr", **parse_overrides(["tau=010"])).tau == 10  # not octal
 
 
-@pytest.mark.parametrize(
-    ("argument", "words"),
-    [
-        ("alpha", "'alpha' is not key=value"),
-        ("alpha=", "alpha=none"),
-        ("=0.6", "is not key=value"),
-        ("--alpha=0.6", "write alpha=0.6"),
-        ("beta=2", "beta is given twice: 1 and 2"),
-    ],
-)
+@pytest.mark.parametrize(("argument", "words"), [
+    ("alpha", "'alpha' is not key=value"),
+    ("alpha=", "alpha=none"),
+    ("=0.6", "is not key=value"),
+    ("--alpha=0.6", "write alpha=0.6"),
+    ("beta=2", "beta is given twice: 1 and 2"),
+])
 def test_bad_overrides_are_refused(argument, words):
     with pytest.raises(RecipeError, match=re.escape(words)):
         parse_overrides(["beta=1", argument])
@@ -276,16 +271,13 @@ def test_plan_counts_steps_and_updates():
     assert "rank 4, lora_alpha 8, reference rank 16" in lora
 
 
-@pytest.mark.parametrize(
-    ("tau", "updates", "words"),
-    [
-        (512, 0, "tau=512 but the run has 153 steps: the reference never moves, this is plain DPO; "
-                 "choose tau <= 51 for 3 updates"),
-        (153, 1, "the reference moves only after the last step, this is plain DPO"),
-        (77, 1, "the reference moves only once, at step 77; choose tau <= 51 for 3 updates"),
-        (76, 2, None),
-    ],
-)
+@pytest.mark.parametrize(("tau", "updates", "words"), [
+    (512, 0, "tau=512 but the run has 153 steps: the reference never moves, this is plain DPO; "
+             "choose tau <= 51 for 3 updates"),
+    (153, 1, "the reference moves only after the last step, this is plain DPO"),
+    (77, 1, "the reference moves only once, at step 77; choose tau <= 51 for 3 updates"),
+    (76, 2, None),
+])
 @pytest.mark.parametrize("reference", ["soft", "hard"])
 def test_a_reference_that_hardly_moves_warns_loudly(reference, tau, updates, words):
     plan = Recipe(**WORLD, reference=reference, tau=tau).plan(9800)
@@ -302,15 +294,12 @@ def test_plan_of_a_very_short_run():
     assert "tau <= 1 for 2 updates" in str(Recipe(**SOFT, tau=5, max_steps=2).plan(100))
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"batch_size": 64}, "50 pairs to train on, less than one batch of batch_size=64"),
-        ({"batch_size": 64, "method": "kto"}, "50 completions"),
-        ({"batch_size": 50, "epochs": 0.5}, "epochs=0.5 of 50 pairs is less than one batch"),
-        ({"batch_size": 2, "train_pairs": 51}, "train_pairs=51, but little-tldr has only 50 pairs"),
-    ],
-)
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"batch_size": 64}, "50 pairs to train on, less than one batch of batch_size=64"),
+    ({"batch_size": 64, "method": "kto"}, "50 completions"),
+    ({"batch_size": 50, "epochs": 0.5}, "epochs=0.5 of 50 pairs is less than one batch"),
+    ({"batch_size": 2, "train_pairs": 51}, "train_pairs=51, but little-tldr has only 50 pairs"),
+])
 def test_too_little_data_is_refused(settings, words):
     with pytest.raises(RecipeError, match=re.escape(words)):
         Recipe(**WORLD, **settings).plan(50)
@@ -342,10 +331,8 @@ def test_the_papers_recipes_hold_the_papers_numbers():
         assert recipe.max_prompt_tokens + recipe.max_completion_tokens == 1024
         assert (recipe.max_grad_norm, recipe.warmup_steps) == (2.0, 100)
         assert recipe.trust_region() == {
-            "soft": TrustRegion.soft(0.6, 1),
-            "tau512": TrustRegion.soft(0.6, 512),
-            "hard": TrustRegion.hard(512),
-        }[name.rpartition("-")[2]]
+            "soft": TrustRegion.soft(0.6, 1), "tau512": TrustRegion.soft(0.6, 512),
+            "hard": TrustRegion.hard(512)}[name.rpartition("-")[2]]
 
 
 def test_a_bad_recipe_is_refused_before_torch_is_imported():

@@ -98,22 +98,16 @@ def test_an_adapter_without_effect_uses_no_rank(tmp_path):
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    rank=st.integers(1, 3),
-    alphas=st.lists(st.floats(0.001, 0.999), min_size=1, max_size=3),
-    lora_alpha=st.integers(1, 40),
-    use_rslora=st.booleans(),
-    ranks=st.dictionaries(st.sampled_from(["first", "second"]), st.integers(1, 4), max_size=1),
-    scalings=st.dictionaries(st.sampled_from(["first", "second"]), st.integers(1, 40), max_size=1),
-    seed=st.integers(0, 1000),
-)
+@given(rank=st.integers(1, 3), alphas=st.lists(st.floats(0.001, 0.999), min_size=1, max_size=3),
+       lora_alpha=st.integers(1, 40), use_rslora=st.booleans(),
+       ranks=st.dictionaries(st.sampled_from(["first", "second"]), st.integers(1, 4), max_size=1),
+       scalings=st.dictionaries(st.sampled_from(["first", "second"]), st.integers(1, 40), max_size=1),
+       seed=st.integers(0, 1000))
 def test_it_is_the_dense_average_while_the_rank_holds_it(
     rank, alphas, lora_alpha, use_rslora, ranks, scalings, seed
 ):
-    policy = adapted(
-        two_linears(), seed=seed, target_modules=["first", "second"], r=rank, lora_alpha=lora_alpha,
-        use_rslora=use_rslora, rank_pattern=ranks, alpha_pattern=scalings,
-    )
+    policy = adapted(two_linears(), seed=seed, target_modules=["first", "second"], r=rank,
+                     lora_alpha=lora_alpha, use_rslora=use_rslora, rank_pattern=ranks, alpha_pattern=scalings)
     reference = AdapterReference(policy)
     target = dense(policy)
     for k, alpha in enumerate(alphas):
@@ -404,6 +398,17 @@ def test_a_saved_reference_that_does_not_fit_is_refused_and_changes_nothing(tmp_
     with pytest.raises(ValueError, match=message):
         other.load(tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in other._tensors().items())
+
+
+@pytest.mark.parametrize("name", ["reference.json", "reference.safetensors"])
+def test_a_damaged_reference_is_named_and_changes_nothing(tmp_path, name):
+    reference = FrozenReference(tiny_neox())
+    reference.save(tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-2])
+    before = {key: tensor.clone() for key, tensor in reference._tensors().items()}
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read.*older checkpoint"):
+        reference.load(tmp_path)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in reference._tensors().items())
 
 
 def test_a_folder_without_a_reference_is_named(tmp_path):

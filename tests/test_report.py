@@ -33,19 +33,12 @@ def write_run(
     for step in range(1, steps + 1):
         row = {"step": step, "epoch": step / 10, "loss": 0.7 - step / 100}
         if recipe.method != "sft":
-            row |= {
-                "rewards/margin": step / 10,
-                "rewards/accuracy": 0.5 + step / 50,
-                "logps/chosen": -20.0,
-                "logps/rejected": -21.0,
-            }
+            row |= {"rewards/margin": step / 10, "rewards/accuracy": 0.5 + step / 50, "logps/chosen": -20.0,
+                    "logps/rejected": -21.0}
         if recipe.method not in ("sft", "orpo", "simpo"):
             fixed = recipe.reference == "fixed"
-            row |= {
-                "alpha": recipe.alpha,
-                "tau": recipe.tau,
-                "reference_updates": 0 if fixed else step // recipe.tau,
-            }
+            row |= {"alpha": recipe.alpha, "tau": recipe.tau,
+                    "reference_updates": 0 if fixed else step // recipe.tau}
         if step % 5 == 0 or step == steps:
             row |= {"kl/initial": 2 * gain * step / steps, "length/completion": 9.0}
             if recipe.method not in ("sft", "orpo", "simpo"):
@@ -54,25 +47,14 @@ def write_run(
                 row["gold/reward"] = 1 + gain * step / steps
         rows.append(row | (metrics_ or {}))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (directory / "data_report.json").write_text(
-        json.dumps(
-            {
-                "method": recipe.method,
-                "rows_in": 100,
-                "rows_out": 97,
-                "dropped": {"empty answer": 3},
-                "mean_tokens": {"prompt": 12.345},
-            }
-        )
-    )
+    (directory / "data_report.json").write_text(json.dumps({
+        "method": recipe.method, "rows_in": 100, "rows_out": 97, "dropped": {"empty answer": 3},
+        "mean_tokens": {"prompt": 12.345}}))
     if samples:
         lines = []
         for i, prompt in enumerate(prompts):
-            row = {
-                "prompt": prompt,
-                "initial": f"the dog ran {i}",
-                "policy": f"dog {i} ran off | `then` slept",
-            }
+            row = {"prompt": prompt, "initial": f"the dog ran {i}",
+                   "policy": f"dog {i} ran off | `then` slept"}
             if gold:
                 row |= {"gold_initial": i / 10, "gold_policy": i / 10 + gain + (i % 2) / 10}
             lines.append(json.dumps(row) + "\n")
@@ -83,9 +65,8 @@ def write_run(
 @pytest.fixture(scope="module")
 def soft(tmp_path_factory):
     """A finished TR-DPO run with its report."""
-    directory = write_run(
-        tmp_path_factory.mktemp("runs") / "soft", reference="soft", alpha=0.6, tau=4, seed=3
-    )
+    directory = write_run(tmp_path_factory.mktemp("runs") / "soft", reference="soft", alpha=0.6, tau=4,
+                          seed=3)
     report(directory)
     return directory
 
@@ -94,13 +75,9 @@ def soft(tmp_path_factory):
 def three(tmp_path_factory):
     """DPO, TR-DPO soft, TR-DPO hard on the same task, compared."""
     folder = tmp_path_factory.mktemp("three")
-    return compare(
-        [
-            write_run(folder / "dpo", gain=0.5),
-            write_run(folder / "soft", reference="soft", alpha=0.6, tau=4, gain=1.0, seed=1),
-            write_run(folder / "hard", reference="hard", tau=10, gain=-0.25, beta=0.1),
-        ]
-    )
+    return compare([write_run(folder / "dpo", gain=0.5),
+                    write_run(folder / "soft", reference="soft", alpha=0.6, tau=4, gain=1.0, seed=1),
+                    write_run(folder / "hard", reference="hard", tau=10, gain=-0.25, beta=0.1)])
 
 
 @pytest.fixture(autouse=True)
@@ -155,9 +132,8 @@ def test_seed_and_scale_are_stated(soft):
 
 def test_every_figure_is_linked_and_there(soft):
     links = re.findall(r"!\[.+\]\((figures/\w+\.png)\)", (soft / "report.md").read_text())
-    assert links == [
-        f"figures/{name}.png" for name in ("training", "kl", "gold_over_steps", "overoptimization")
-    ]
+    assert links == [f"figures/{name}.png"
+                     for name in ("training", "kl", "gold_over_steps", "overoptimization")]
     assert all((soft / link).read_bytes().startswith(b"\x89PNG") for link in links)
 
 
@@ -174,34 +150,25 @@ def test_samples_stand_side_by_side(soft):
     assert cells(text, "**0.30**") == ["**0.30** the dog ran 3", r"**1.40** dog 3 ran off \| \`then\` slept"]
 
 
-@pytest.mark.parametrize(
-    "text, shown",
-    [
-        ("a|b", r"a\|b"),
-        ("one\ntwo\r\nthree", "one<br>two<br>three"),
-        ("<b>&", "&lt;b&gt;&amp;"),
-        ("`x` *y* _z_ ~~w~~ [a](b) #1 $5", r"\`x\` \*y\* \_z\_ \~\~w\~\~ \[a\](b) \#1 \$5"),
-        ("\\|", r"\\\|"),
-        ("", ""),
-    ],
-)
+@pytest.mark.parametrize("text, shown", [
+    ("a|b", r"a\|b"),
+    ("one\ntwo\r\nthree", "one<br>two<br>three"),
+    ("<b>&", "&lt;b&gt;&amp;"),
+    ("`x` *y* _z_ ~~w~~ [a](b) #1 $5", r"\`x\` \*y\* \_z\_ \~\~w\~\~ \[a\](b) \#1 \$5"),
+    ("\\|", r"\\\|"),
+    ("", ""),
+])
 def test_escaping(text, shown):
     assert escape(text) == shown
 
 
 def test_odd_samples_do_not_break_the_page(tmp_path):
-    odd = [
-        [{"role": "user", "content": "say ````"}, {"role": "assistant", "content": "a"}],
-        "long " * 2000 + "END",
-        "plain",
-    ]
+    odd = [[{"role": "user", "content": "say ````"}, {"role": "assistant", "content": "a"}],
+           "long " * 2000 + "END", "plain"]
     write_run(tmp_path, prompts=odd)
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     lines[0]["policy"], lines[1]["policy"], lines[2]["policy"] = (
-        "  \n",
-        "word " * 2000,
-        "# a\n| b | c |\n```\n---",
-    )
+        "  \n", "word " * 2000, "# a\n| b | c |\n```\n---")
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = report(tmp_path).read_text()
     assert "`````text\nuser: say ````\nassistant: a\n`````" in text  # the fence is longer than what it holds
@@ -250,20 +217,16 @@ def test_a_stopped_run_has_a_report_too(tmp_path):
         file.write('{"step": 21, "lo')  # killed while writing
     text = report(tmp_path).read_text()
     assert "no samples.jsonl" in text and "The final policy was not sampled." in text
-    assert (
-        cells(text, "steps")[1].startswith("20 of 64") and "## Samples" not in text and "## Data" not in text
-    )
+    assert (cells(text, "steps")[1].startswith("20 of 64") and "## Samples" not in text
+            and "## Data" not in text)
 
 
-@pytest.mark.parametrize(
-    "settings, title",
-    [
-        ({"method": "sft"}, "# SFT on little-tldr\n"),
-        ({"method": "orpo"}, "# ORPO on little-tldr\n"),
-        ({"method": "kto", "reference": "hard", "tau": 5}, "# TR-KTO on little-tldr, hard reference\n"),
-        ({"method": "ipo"}, "# IPO on little-tldr, fixed reference\n"),
-    ],
-)
+@pytest.mark.parametrize("settings, title", [
+    ({"method": "sft"}, "# SFT on little-tldr\n"),
+    ({"method": "orpo"}, "# ORPO on little-tldr\n"),
+    ({"method": "kto", "reference": "hard", "tau": 5}, "# TR-KTO on little-tldr, hard reference\n"),
+    ({"method": "ipo"}, "# IPO on little-tldr, fixed reference\n"),
+])
 def test_every_method_has_a_report(tmp_path, settings, title):
     assert report(write_run(tmp_path, **settings)).read_text().startswith(title)
 
@@ -291,38 +254,15 @@ def test_flat():
 def test_one_row_a_run_after_the_initial_policy(three):
     table = three.table.set_index("run")
     assert list(table.index) == ["initial policy", "dpo", "soft", "hard"]
-    assert list(table.columns) == [
-        "method",
-        "reference",
-        "alpha",
-        "tau",
-        "beta",
-        "seed",
-        "steps",
-        "updates",
-        "gold",
-        "low",
-        "high",
-        "win_rate",
-        "win_low",
-        "win_high",
-        "kl/initial",
-        "kl/reference",
-        "rewards/accuracy",
-        "self_bleu",
-        "length",
-    ]
+    assert list(table.columns) == ["method", "reference", "alpha", "tau", "beta", "seed", "steps", "updates",
+                                   "gold", "low", "high", "win_rate", "win_low", "win_high", "kl/initial",
+                                   "kl/reference", "rewards/accuracy", "self_bleu", "length"]
     assert list(table["method"]) == ["", "DPO", "TR-DPO", "TR-DPO"]
     assert list(table["updates"][1:]) == [0, 5, 2] and list(table["seed"][1:]) == [0, 1, 0]
-    assert (
-        pd.isna(table.loc["dpo", "tau"])
-        and table.loc["hard", "tau"] == 10
-        and table.loc["hard", "alpha"] == 1
-    )
-    assert (
-        table.loc["initial policy", "gold"] == pytest.approx(0.35)
-        and table.loc["initial policy", "kl/initial"] == 0
-    )
+    assert (pd.isna(table.loc["dpo", "tau"]) and table.loc["hard", "tau"] == 10
+            and table.loc["hard", "alpha"] == 1)
+    assert (table.loc["initial policy", "gold"] == pytest.approx(0.35)
+            and table.loc["initial policy", "kl/initial"] == 0)
     assert table.loc["soft", "gold"] == pytest.approx(1.4)
     wins = metrics.win_rate([i / 10 - 0.25 + (i % 2) / 10 for i in range(8)], [i / 10 for i in range(8)])
     assert tuple(table.loc["hard", ["win_rate", "win_low", "win_high"]]) == pytest.approx(wins)
@@ -369,22 +309,17 @@ def test_the_summary_rounds_and_leaves_nothing_empty(three):
     assert not any((summary[column] == "").all() for column in summary)
 
 
-@pytest.mark.parametrize(
-    "other, said",
-    [
-        ({"model": "little-hh"}, "model (little-tldr, little-hh)"),
-        ({"data": "little-hh"}, "data (little-tldr, little-hh)"),
-        ({"max_completion_tokens": 20}, "max_completion_tokens (512, 20)"),
-        ({"prompts": PROMPTS[:5]}, "the prompts they were evaluated on"),
-    ],
-)
+@pytest.mark.parametrize("other, said", [
+    ({"model": "little-hh"}, "model (little-tldr, little-hh)"),
+    ({"data": "little-hh"}, "data (little-tldr, little-hh)"),
+    ({"max_completion_tokens": 20}, "max_completion_tokens (512, 20)"),
+    ({"prompts": PROMPTS[:5]}, "the prompts they were evaluated on"),
+])
 def test_what_cannot_be_compared_is_said_loudly(tmp_path, other, said):
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", **{"data": "little-tldr"} | other)]
     comparison = compare(runs)
-    assert (
-        comparison.warnings[0].startswith("These runs must not be compared")
-        and said in comparison.warnings[0]
-    )
+    assert (comparison.warnings[0].startswith("These runs must not be compared")
+            and said in comparison.warnings[0])
     assert list(comparison.table["run"]) == ["a", "b"]  # no initial policy that all share
     assert all("NOT COMPARABLE" in figure.get_suptitle() for figure in comparison.figures.values())
     text = comparison.save(tmp_path / "c").read_text()
@@ -408,18 +343,15 @@ def test_equal_names_are_told_apart(tmp_path):
     runs = [write_run(tmp_path / "x" / "run"), write_run(tmp_path / "y" / "run"), write_run(tmp_path / "z")]
     assert list(compare(runs).table["run"][1:]) == ["x/run", "y/run", "z"]
     assert list(compare([runs[2], runs[2]]).table["run"][1:]) == [
-        f"{tmp_path.name}/z (1)",
-        f"{tmp_path.name}/z (2)",
-    ]
+        f"{tmp_path.name}/z (1)", f"{tmp_path.name}/z (2)"]
 
 
 def test_runs_come_as_paths_strings_or_objects(tmp_path, monkeypatch):
     write_run(tmp_path / "a")
     monkeypatch.chdir(tmp_path)
-    tables = [
-        compare(runs).table
-        for runs in ([tmp_path / "a"], ["a"], "a", [types.SimpleNamespace(directory="a")], iter(["a"]))
-    ]
+    opened = types.SimpleNamespace(directory="a")
+    tables = [compare(runs).table
+              for runs in ([tmp_path / "a"], ["a"], "a", opened, [opened], iter(["a"]))]
     for table in tables[1:]:
         pd.testing.assert_frame_equal(table, tables[0])
 
@@ -439,6 +371,9 @@ def test_a_run_without_samples_is_compared_by_its_curves(tmp_path):
     assert np.isnan(comparison.table.set_index("run").loc["a", "gold"])
     assert "overoptimization" in comparison.figures
     comparison.save(tmp_path / "c")
+    turned = compare([tmp_path / "b", tmp_path / "a"])  # b's samples are shown, a has none
+    assert "| initial policy | b |" in turned.save(tmp_path / "d").read_text()
+    assert any("8 prompts" in note for note in turned.notes)
 
 
 # -- what is not a run --
@@ -449,23 +384,15 @@ def damaged(tmp_path, name, text):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda path: path / "nowhere", "nowhere is not there. Give the directory of a run"),
-        (lambda path: path, "not the directory of a run: it has no recipe.yaml and no metrics.jsonl"),
-        (lambda path: damaged(path, "metrics.jsonl", ""), "has not finished its first step"),
-        (
-            lambda path: damaged(path, "metrics.jsonl", '{"step": 1}\nnonsense\n{"step": 3}\n'),
-            "line 2 is not JSON",
-        ),
-        (lambda path: damaged(path, "samples.jsonl", "{\n"), "samples.jsonl, line 1 is not JSON"),
-        (
-            lambda path: damaged(path, "recipe.yaml", "model: x\ndata: y\nmethd: dpo\n"),
-            "did you mean 'method'",
-        ),
-    ],
-)
+@pytest.mark.parametrize("make, message", [
+    (lambda path: path / "nowhere", "nowhere is not there. Give the directory of a run"),
+    (lambda path: path, "not the directory of a run: it has no recipe.yaml and no metrics.jsonl"),
+    (lambda path: damaged(path, "metrics.jsonl", ""), "has not finished its first step"),
+    (lambda path: damaged(path, "metrics.jsonl", '{"step": 1}\nnonsense\n{"step": 3}\n'),
+     "line 2 is not JSON"),
+    (lambda path: damaged(path, "samples.jsonl", "{\n"), "samples.jsonl, line 1 is not JSON"),
+    (lambda path: damaged(path, "recipe.yaml", "model: x\ndata: y\nmethd: dpo\n"), "did you mean 'method'"),
+])
 def test_what_is_not_a_run_is_refused(tmp_path, make, message):
     for use in (report, lambda path: compare([path])):
         with pytest.raises(ValueError, match=message):

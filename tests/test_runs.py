@@ -68,12 +68,7 @@ def logits(model):
 def test_a_run_leaves_everything_in_its_directory(tmp_path, reports, capsys):
     run = tr.train(tiny_run(tmp_path, reference="soft", tau=4))
     assert {path.name for path in run.directory.iterdir()} == {
-        "recipe.yaml",
-        "metrics.jsonl",
-        "data_report.json",
-        "checkpoints",
-        "samples.jsonl",
-    }
+        "recipe.yaml", "metrics.jsonl", "data_report.json", "checkpoints", "samples.jsonl"}
     assert reports == [run.directory]
     assert len(run.history) == 8 and repr(run).endswith("8 steps)")
     assert run.history["kl/initial"].notna().tolist() == [False, False, False, True] * 2
@@ -91,9 +86,8 @@ def test_the_samples_are_those_of_the_two_policies(tmp_path):
     prompts = run.held_out_prompts()
     assert [row["prompt"] for row in rows] == prompts and len(prompts) == 4
     for who, model in (("policy", run.policy), ("initial", tiny_neox())):
-        texts = sample(
-            model, tiny_tokenizer(), prompts, max_completion_tokens=8, max_prompt_tokens=16, seed=5
-        ).texts
+        texts = sample(model, tiny_tokenizer(), prompts, max_completion_tokens=8, max_prompt_tokens=16,
+                       seed=5).texts
         assert [row[who] for row in rows] == texts
     assert [row["policy"] for row in rows] != [row["initial"] for row in rows]
 
@@ -136,11 +130,8 @@ def test_relative_paths_become_absolute_so_that_a_run_is_readable_from_anywhere(
     assert logits(run.policy).isfinite().all()
     assert (
         len(
-            tr.train(
-                settings | {"model": stored["model"], "data": stored["data"]},
-                resume=True,
-                output=str(run.directory),
-            ).history
+            tr.train(settings | {"model": stored["model"], "data": stored["data"]}, resume=True,
+                     output=str(run.directory)).history
         )
         == 8
     )
@@ -168,10 +159,8 @@ def test_a_folder_by_the_name_of_a_world_does_not_hide_it(tmp_path, monkeypatch)
 def rows_of(folder, name, pairs, seed):
     """Pairs of which each prompt has two."""
     rng = random.Random(seed)
-    rows = [
-        {"prompt": f"w{3 + i // 2} w{3 + seed}"} | {s: words(rng, 1, 5) for s in ("chosen", "rejected")}
-        for i in range(pairs)
-    ]
+    rows = [{"prompt": f"w{3 + i // 2} w{3 + seed}"} | {s: words(rng, 1, 5) for s in ("chosen", "rejected")}
+            for i in range(pairs)]
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [row["prompt"] for row in rows]
@@ -259,9 +248,8 @@ def test_from_an_adapter_the_initial_policy_is_that_adapter_and_not_the_base(
 
     def measure(self, trainer, step, call=Evaluator.__call__):
         policy = trainer.policy.eval()
-        drawn = sample(
-            policy, self.tokenizer, self.prompts, max_completion_tokens=8, max_prompt_tokens=16, seed=step
-        )
+        drawn = sample(policy, self.tokenizer, self.prompts, max_completion_tokens=8, max_prompt_tokens=16,
+                       seed=step)
         own = logps_by_hand(policy, drawn.sequences)
         start = models.load_policy(tr.Recipe(model=str(adapter), data="none", tuning=tuning)).eval()
         by_hand["adapter"] = (own - logps_by_hand(start, drawn.sequences)).mean().item()
@@ -276,9 +264,8 @@ def test_from_an_adapter_the_initial_policy_is_that_adapter_and_not_the_base(
     last = metrics(run.directory)[-1]
     assert last["kl/initial"] == pytest.approx(by_hand["adapter"], abs=1e-4)
     assert abs(by_hand["base"] - by_hand["adapter"]) > 0.1
-    assert metrics(run.directory)[0]["logratio/chosen"] == pytest.approx(
-        0, abs=1e-5
-    )  # and so is the reference
+    first = metrics(run.directory)[0]
+    assert first["logratio/chosen"] == pytest.approx(0, abs=1e-5)  # and so is the reference
     opened = tr.Run(run.directory)
     assert torch.equal(logits(opened.policy), logits(run.policy))
     for name, product in dense(opened.policy, "initial").items():
@@ -287,17 +274,8 @@ def test_from_an_adapter_the_initial_policy_is_that_adapter_and_not_the_base(
 
 def test_a_checkpoint_is_a_folder_to_train_on_from(tmp_path, adapter):
     first = tr.train(tiny_run(tmp_path, tuning="lora", eval_prompts=1))
-    second = tr.train(
-        tiny_run(
-            tmp_path,
-            model=str(first.last_checkpoint),
-            output=str(tmp_path / "second"),
-            tuning="lora",
-            learning_rate=1e-30,
-            max_steps=1,
-            eval_prompts=1,
-        )
-    )
+    second = tr.train(tiny_run(tmp_path, model=str(first.last_checkpoint), output=str(tmp_path / "second"),
+                               tuning="lora", learning_rate=1e-30, max_steps=1, eval_prompts=1))
     assert torch.allclose(logits(second.policy), logits(first.policy), atol=1e-6)
     full = tr.train(tiny_run(tmp_path, output=str(tmp_path / "full"), eval_prompts=1))
     whole = AutoModelForCausalLM.from_pretrained(full.last_checkpoint).eval()
@@ -314,9 +292,8 @@ def refused(folder, match, **settings):
 
 
 def test_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"is not a run's directory: there is no recipe.yaml.*`output` folder"
-    ):
+    with pytest.raises(ValueError,
+                       match=r"is not a run's directory: there is no recipe.yaml.*`output` folder"):
         tr.Run(tmp_path)
 
 
@@ -328,11 +305,8 @@ def test_an_output_that_is_taken(tmp_path):
 
 
 def test_prompts_beyond_the_positions_of_the_model(tmp_path):
-    refused(
-        tmp_path,
-        r"longest prompt has \d+ tokens.*more than the 128 positions.*Lower max_prompt_tokens",
-        max_completion_tokens=126,
-    )
+    refused(tmp_path, r"longest prompt has \d+ tokens.*more than the 128 positions.*Lower max_prompt_tokens",
+            max_completion_tokens=126)
 
 
 def test_a_tokenizer_without_eos(tmp_path):
@@ -363,8 +337,7 @@ def test_an_adapter_with_dora_is_refused_before_anything_is_trained(tmp_path, mo
 
 def test_data_of_the_wrong_kind(tmp_path):
     (tmp_path / "kto.jsonl").write_text(
-        json.dumps({"prompt": "w3", "completion": "w4", "label": True}) + "\n"
-    )
+        json.dumps({"prompt": "w3", "completion": "w4", "label": True}) + "\n")
     refused(tmp_path, "'dpo' needs pairs.*Use method=kto", data=str(tmp_path / "kto.jsonl"))
 
 
@@ -390,15 +363,8 @@ def test_the_embedded_default_makes_no_network_call(tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket.socket, "connect_ex", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    run = tr.train(
-        "little-tldr",
-        max_steps=2,
-        eval_prompts=4,
-        batch_size=4,
-        output=str(tmp_path / "run"),
-        micro_batch_size=4,
-        train_pairs=16,
-    )
+    run = tr.train("little-tldr", max_steps=2, eval_prompts=4, batch_size=4, output=str(tmp_path / "run"),
+                   micro_batch_size=4, train_pairs=16)
     opened = tr.Run(run.directory)
     assert opened.recipe.model == "little-tldr"
     assert run.history["gold/reward"].notna().iloc[-1]

@@ -44,7 +44,7 @@ def assert_floats_are(module, expected, **tolerance):
     for name, value in values(module).items():
         if value.is_floating_point():
             wanted = torch.full_like(value, expected)
-            torch.testing.assert_close(value, wanted, **tolerance, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(value, wanted, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def perturbed(module, seed=1, scale=0.1):
@@ -193,6 +193,17 @@ def test_memory_shared_by_two_tensors_moves_once():
     assert reference.mean.tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinities_of_a_mask_stay_and_the_rest_of_the_buffer_moves(dtype):
+    """-inf + alpha * (-inf - -inf) is NaN: an attention mask kept as a buffer would spoil the reference."""
+    reference, policy = Small(0.0), Small(4.0, dtype=dtype)
+    reference.register_buffer("bias", torch.tensor([0.0, -torch.inf, torch.inf, 2.0]))
+    policy.register_buffer("bias", torch.tensor([0.0, -torch.inf, torch.inf, 4.0], dtype=dtype))
+    update_reference(reference, policy, 0.25)
+    assert reference.bias.tolist() == [0.0, -torch.inf, torch.inf, 2.5]
+    assert reference.mean.tolist() == [1.0, 1.0] and reference.embed.weight.unique().tolist() == [1.0]
+
+
 def test_an_untied_reference_follows_a_tied_policy_but_not_the_reverse():
     untied = Small(0.0, tie=False)
     update_reference(untied, Small(4.0, tie=True), 0.25)
@@ -309,10 +320,8 @@ class Params4bit(nn.Parameter):
     """bitsandbytes' class by name; its codes may be stored as bfloat16 (`bnb_4bit_quant_storage`)."""
 
 
-@pytest.mark.parametrize("codes", [
-    nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False),
-    Params4bit(torch.zeros(2, 2, dtype=torch.bfloat16), requires_grad=False),
-])
+@pytest.mark.parametrize("codes", [nn.Parameter(torch.zeros(2, 2, dtype=torch.uint8), requires_grad=False),
+                                   Params4bit(torch.zeros(2, 2, dtype=torch.bfloat16), requires_grad=False)])
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 def test_quantized_weights_are_refused(codes, alpha):
     reference, policy = Small(0.0), Small(1.0)

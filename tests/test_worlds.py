@@ -21,11 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tralign_mini import little_tldr, worlds
 from tralign_mini.generate import sample
 
-POST = (
-    "SUBREDDIT: r/work\n\nTITLE: Trouble with my boss\n\nPOST: Yesterday my boss sued the waiter. "
-    "It was raining. Then my aunt ruined the wedding. By the way, my uncle broke my laptop. "
-    "I dreamed that I went home. So I moved out.\n\nTL;DR:"
-)
+POST = ("SUBREDDIT: r/work\n\nTITLE: Trouble with my boss\n\nPOST: Yesterday my boss sued the waiter. "
+        "It was raining. Then my aunt ruined the wedding. By the way, my uncle broke my laptop. "
+        "I dreamed that I went home. So I moved out.\n\nTL;DR:")
 BEST = " my boss sued the waiter; my aunt ruined the wedding; I moved out."
 
 
@@ -118,9 +116,9 @@ def test_wording_alone_decides_what_matters(opening, matters):
 
 
 @pytest.mark.parametrize("prompt, complaint", [
-    ("", "no prompt of little-tldr"),
-    ("Tell me a story", "no prompt of little-tldr"),
-    (POST + " ", "no prompt of little-tldr"),
+    ("", "No prompt of little-tldr"),
+    ("Tell me a story", "No prompt of little-tldr"),
+    (POST + " ", "No prompt of little-tldr"),
     (POST.replace("It was raining", "Ideas sleep"), "cannot read the sentence 'Ideas sleep.'"),
     (POST.replace("Yesterday my", "Tomorrow my"), "cannot read the sentence 'Tomorrow my boss"),
 ])

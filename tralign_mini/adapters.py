@@ -50,38 +50,32 @@ def refuse_unaverageable(peft_config: PeftConfig) -> None:
             return
         found = f"{setting}={getattr(peft_config, setting)!r}"
         reason = LEFT_OUT.get(setting, "this variant of LoRA computes more than the product B A")
-    raise ValueError(
-        f"The adapter has {found}: {reason}, which the average of a moving reference would silently leave "
-        "out. Use a plain LoraConfig: linear layers, bias='none', init_lora_weights=True."
-    )
+    raise ValueError(f"The adapter has {found}: {reason}, which the average of a moving reference would "
+                     "silently leave out. Use a plain LoraConfig: linear layers, bias='none', "
+                     "init_lora_weights=True.")
 
 
 def averageable_layers(policy: PeftModel) -> dict[str, LoraLayer]:
     """The policy's LoRA layers by module name; ValueError for what an average of products leaves out."""
     if list(policy.active_adapters) != [POLICY]:
-        raise ValueError(
-            f"The active adapter is {policy.active_adapter!r}; the policy has to be the adapter {POLICY!r} "
-            "alone. Load it under this name (PEFT does so by itself), or call "
-            f"policy.set_adapter({POLICY!r})."
-        )
+        raise ValueError(f"The active adapter is {policy.active_adapter!r}; the policy has to be the adapter "
+                         f"{POLICY!r} alone. Load it under this name (PEFT does so by itself), or call "
+                         f"policy.set_adapter({POLICY!r}).")
     refuse_unaverageable(policy.peft_config[POLICY])
     layers = {}
     for name, module in policy.base_model.model.named_modules():
         if isinstance(module, LoraLayer) and POLICY in module.r:
             if POLICY not in module.lora_A or not isinstance(module.lora_A[POLICY], nn.Linear):
-                raise ValueError(
-                    f"{name} is a {type(module.get_base_layer()).__name__} with LoRA: only linear layers "
-                    "(nn.Linear, Conv1D, bitsandbytes) can be averaged. Take it out of target_modules."
-                )
+                raise ValueError(f"{name} is a {type(module.get_base_layer()).__name__} with LoRA: only "
+                                 "linear layers (nn.Linear, Conv1D, bitsandbytes) can be averaged. Take it "
+                                 "out of target_modules.")
             layers[name] = module
     trained = {id(w[POLICY].weight) for layer in layers.values() for w in (layer.lora_A, layer.lora_B)}
     beside = [name for name, w in policy.named_parameters() if w.requires_grad and id(w) not in trained]
     if beside:
-        raise ValueError(
-            f"{len(beside)} parameters beside the adapter are trained (the first: {beside[0]}): the "
-            "reference is an average of adapters and would never see them move. Freeze them: "
-            "requires_grad_(False)."
-        )
+        raise ValueError(f"{len(beside)} parameters beside the adapter are trained (the first: {beside[0]}): "
+                         "the reference is an average of adapters and would never see them move. Freeze "
+                         "them: requires_grad_(False).")
     return layers
 
 
@@ -109,10 +103,8 @@ def copy_policy(layer: LoraLayer, adapter: str) -> int:
 def add_copy(policy: PeftModel, layers: dict[str, LoraLayer], adapter: str, rank: int) -> dict[str, int]:
     """Add a frozen float32 copy of the policy, of scaling 1, on just these layers; returns the ranks used."""
     if adapter in policy.peft_config:
-        raise ValueError(
-            f"The policy already has an adapter {adapter!r}, and there is only one of it. Go on with the one "
-            f"you have, or remove it first: policy.delete_adapter({adapter!r})."
-        )
+        raise ValueError(f"The policy already has an adapter {adapter!r}, and there is only one of it. Go on "
+                         f"with the one you have, or remove it first: policy.delete_adapter({adapter!r}).")
     # PEFT matches a string in full, but the entries of a list against endings of names
     exactly = "|".join(map(re.escape, layers))
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=exactly, inference_mode=True)
@@ -135,24 +127,20 @@ def add_initial_adapter(policy: PeftModel) -> None:
         add_copy(policy, layers, INITIAL, rank=max(layer.r[POLICY] for layer in layers.values()))
 
 
-@contextmanager
 def using_initial(policy: PeftModel):
-    """Yield the module *as* the policy that training began from: adapter `initial`, else the base.
+    """A context with the module *as* the policy that training began from: adapter `initial`, else the base.
 
     In eval mode, without gradients; on exit everything is as it was.
     """
-    with switched(policy, INITIAL if INITIAL in policy.peft_config else None) as module:
-        yield module
+    return switched(policy, INITIAL if INITIAL in policy.peft_config else None)
 
 
 @contextmanager
 def switched(policy: PeftModel, adapter: str | None):
     """Yield the module with another adapter (None: the base), in eval mode, without gradients; go back."""
     if any(layer.disable_adapters for layer in policy.modules() if isinstance(layer, LoraLayer)):
-        raise RuntimeError(
-            f"The policy's adapters are switched off, so {adapter or 'the base'!r} cannot be switched to. "
-            "Leave policy.disable_adapter() or using_initial() first."
-        )
+        raise RuntimeError(f"The policy's adapters are switched off, so {adapter or 'the base'!r} cannot be "
+                           "switched to. Leave policy.disable_adapter() or using_initial() first.")
     with restored(policy), torch.no_grad(), nullcontext() if adapter else policy.disable_adapter():
         if adapter:
             policy.set_adapter(adapter, inference_mode=True)
@@ -185,9 +173,7 @@ def guard_4bit(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # only bitsandbytes' Linear4bit has it
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-                raise RuntimeError(
-                    f"A forward in eval mode has already repacked the 4-bit weights of {name} for CPU "
-                    "inference: gradients would be wrong. Load the model again and call guard_4bit right "
-                    "after loading."
-                )
+                raise RuntimeError(f"A forward in eval mode has already repacked the 4-bit weights of {name} "
+                                   "for CPU inference: gradients would be wrong. Load the model again and "
+                                   "call guard_4bit right after loading.")
             module.support_avx512bf16_for_cpu = False

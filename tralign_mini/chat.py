@@ -12,6 +12,7 @@ from rich.text import Text
 
 from .evaluate import initial_policy, sequence_logps
 from .generate import sample
+from .record import prompt_text
 from .runs import Run
 
 QUIT = {"", "quit", "exit", "/quit", "/exit"}
@@ -20,18 +21,21 @@ QUIT = {"", "quit", "exit", "/quit", "/exit"}
 def converse(directory: Path, temperature: float, console: Console) -> None:
     """Read prompts from the console until an empty line; `example` takes a held-out prompt of the run."""
     run = Run(directory)
-    examples = iter(run.held_out_prompts())
+    prompts = run.held_out_prompts()
+    chat, examples = any(isinstance(prompt, list) for prompt in prompts), iter(prompts)
     run.policy.eval()  # loads it before the first question
     console.print("A prompt (\\n for a new line), 'example' for a held-out one, or an empty line to leave.")
     seed = 0
     while (typed := _ask(console)) not in QUIT:
-        prompt = next(examples, None) if typed == "example" else typed.replace("\\n", "\n")
-        if prompt is None:
-            console.print("no more held-out prompts")
-            continue
         if typed == "example":
-            console.print(Text(_shown(prompt), style="dim"))
-        answers = answer(run, _as_messages(run, prompt), temperature=temperature, seed=seed)
+            prompt = next(examples, None)
+            console.print(Text(prompt_text(prompt or "no more held-out prompts"), style="dim"))
+            if prompt is None:
+                continue
+        else:  # a typed line becomes a chat turn when the run was trained on chat messages
+            prompt = typed.replace("\\n", "\n")
+            prompt = [{"role": "user", "content": prompt}] if chat else prompt
+        answers = answer(run, prompt, temperature=temperature, seed=seed)
         titled = {f"{who} ({ratio})": text.strip() for who, (text, ratio) in answers.items()}
         console.print(Columns([Panel(Text(text), title=title, width=38) for title, text in titled.items()]))
         seed += 1
@@ -60,15 +64,3 @@ def _ask(console: Console) -> str:
         return console.input("[bold]> [/]").strip()
     except EOFError:
         return ""
-
-
-def _as_messages(run: Run, prompt):
-    """A typed line becomes a chat turn when the run was trained on chat messages."""
-    chat = isinstance(run.held_out_prompts(1)[0], list)
-    return [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
-
-
-def _shown(prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

@@ -76,36 +76,27 @@ def restore_policy(policy: torch.nn.Module, folder: Path) -> None:
     """Load a checkpoint's weights into `policy`; every key must fit and the hash must be the stored one."""
     folder = Path(folder)
     try:
-        _load_weights(policy, folder)
+        missing, unexpected = _load_weights(policy, folder)
     except SafetensorError as error:
         raise ValueError(f"{folder}: its weights cannot be read ({error}). {DAMAGED}") from error
-    if weight_hash(policy) != read_seal(folder)["weights"]:
-        raise ValueError(
-            f"{folder}: the weights that came back are not those that were saved (their hash differs). "
-            f"{DAMAGED}"
-        )
-
-
-def _load_weights(policy: torch.nn.Module, folder: Path) -> None:
-    if isinstance(policy, PeftModel):
-        result = set_peft_model_state_dict(
-            policy, load_peft_weights(str(folder), device="cpu"), adapter_name="default"
-        )
-        missing = [key for key in result.missing_keys if ".default." in key]
-        _refuse_mismatch(folder, missing, list(result.unexpected_keys))
-    else:
-        with quietly():
-            loaded, info = type(policy).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-        _refuse_mismatch(folder, list(info["missing_keys"]), list(info["unexpected_keys"]))
-        policy.load_state_dict(loaded.state_dict())
-
-
-def _refuse_mismatch(folder: Path, missing: list[str], unexpected: list[str]) -> None:
     if missing or unexpected:
-        raise ValueError(
-            f"{folder} does not fit this model: missing {missing[:3]}, unexpected {unexpected[:3]}. "
-            "It was made by another model or another version; it cannot be resumed."
-        )
+        raise ValueError(f"{folder} does not fit this model: missing {missing[:3]}, unexpected "
+                         f"{unexpected[:3]}. Another model or version made it; it cannot be resumed.")
+    if weight_hash(policy) != read_seal(folder)["weights"]:
+        raise ValueError(f"{folder}: the weights that came back are not those that were saved (their hash "
+                         f"differs). {DAMAGED}")
+
+
+def _load_weights(policy: torch.nn.Module, folder: Path) -> tuple[list[str], list[str]]:
+    """Returns the names that were missing in the folder, and those that were unexpected."""
+    if isinstance(policy, PeftModel):
+        saved = load_peft_weights(str(folder), device="cpu")
+        result = set_peft_model_state_dict(policy, saved, adapter_name="default")
+        return [key for key in result.missing_keys if ".default." in key], result.unexpected_keys
+    with quietly():
+        loaded, info = type(policy).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    policy.load_state_dict(loaded.state_dict())
+    return sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
 
 
 def write_seal(folder: Path, content: dict) -> None:
@@ -117,15 +108,16 @@ def write_seal(folder: Path, content: dict) -> None:
 
 def read_seal(folder: Path) -> dict:
     """What `write_seal` stored: step, weight hashes of the policy and of its start, processes."""
-    return json.loads((Path(folder) / SEAL).read_text())
+    try:
+        return json.loads((Path(folder) / SEAL).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder}: its {SEAL} cannot be read ({error}). {DAMAGED}") from error
 
 
 def checkpoints(directory: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first; folders that were cut off by a kill are left out."""
-    found = Path(directory, "checkpoints").glob("checkpoint-*")
-    return sorted(
-        (f for f in found if (f / SEAL).is_file()), key=lambda folder: int(folder.name.split("-")[1])
-    )
+    found = [f for f in Path(directory, "checkpoints").glob("checkpoint-*") if (f / SEAL).is_file()]
+    return sorted(found, key=lambda folder: int(folder.name.split("-")[1]))
 
 
 def remove_unfinished(directory: Path) -> None:

@@ -19,17 +19,12 @@ from .record import Record, read
 
 SAME_TASK = ("model", "data", "max_prompt_tokens", "max_completion_tokens")  # else rows must not be compared
 IN_THE_TABLE = ("method", "reference", "alpha", "tau", "beta", "seed")
-NO_EFFECT = ("output", "resume", "save_steps", "eval_steps", "tensorboard")
-NO_EFFECT += ("micro_batch_size", "gradient_checkpointing")
+NO_EFFECT = ("output", "resume", "save_steps", "eval_steps", "tensorboard", "micro_batch_size",
+             "gradient_checkpointing")
 SETTINGS = ("run", *IN_THE_TABLE, "steps", "updates")
 GOLD, WINS = ("gold", "low", "high"), ("win_rate", "win_low", "win_high")
-PRINTED = {
-    "kl/initial": "KL to initial",
-    "kl/reference": "KL to reference",
-    "rewards/accuracy": "reward accuracy",
-    "self_bleu": "Self-BLEU",
-    "length": "words",
-}
+PRINTED = {"kl/initial": "KL to initial", "kl/reference": "KL to reference",
+           "rewards/accuracy": "reward accuracy", "self_bleu": "Self-BLEU", "length": "words"}
 
 
 @dataclass
@@ -81,7 +76,8 @@ class Comparison:
 
 def compare(runs: Iterable) -> Comparison:
     """Table and figures of several runs (directories, or objects with `.directory`), from their files."""
-    records = [read(run) for run in ([runs] if isinstance(runs, (str, Path)) else runs)]
+    one = isinstance(runs, (str, Path)) or hasattr(runs, "directory")
+    records = [read(run) for run in ([runs] if one else runs)]
     if not records:
         raise ValueError("There is nothing to compare: give the directory of at least one run.")
     named = dict(zip(_names([record.directory for record in records]), records))
@@ -101,7 +97,7 @@ def compare(runs: Iterable) -> Comparison:
     figures = _figures(table, named, shared["gold"] if shared else np.nan)
     for figure in figures.values() if different else ():
         figure.suptitle("NOT COMPARABLE: model, data or prompts differ", color="#D55E00", fontweight="bold")
-    samples = {name: ("policy", record) for name, record in named.items()}
+    samples = {name: ("policy", record) for name, record in named.items() if record.samples}
     samples = {"initial policy": ("initial", records[0])} | samples if shared else {}
     return Comparison(table, figures, warnings, _notes(table, named, shared), samples)
 
@@ -112,19 +108,13 @@ def _setting(value) -> str:
 
 def _row(name: str, record: Record) -> dict:
     """A run's row of the table."""
-    return {
-        "run": name,
-        "method": record.method,
-        "reference": record.kind if record.has_reference else "none",
-        **{key: record.recipe[key] if record.moves else None for key in ("alpha", "tau")},
-        **{key: record.recipe[key] for key in ("beta", "seed")},
-        "steps": record.steps,
-        "updates": record.updates,
-        **dict(zip(WINS, record.against_initial())),
-        **{key: record.last(key) for key in ("kl/initial", "kl/reference")},
-        "rewards/accuracy": record.accuracy(),
-        **record.numbers("policy"),
-    }
+    row = {"run": name, "method": record.method, "steps": record.steps, "updates": record.updates}
+    row |= {"reference": record.kind if record.has_reference else "none"}
+    row |= {key: record.recipe[key] if record.moves else None for key in ("alpha", "tau")}
+    row |= {key: record.recipe[key] for key in ("beta", "seed")}
+    row |= {key: record.last(key) for key in ("kl/initial", "kl/reference")}
+    row |= dict(zip(WINS, record.against_initial())) | record.numbers("policy")
+    return row | {"rewards/accuracy": record.accuracy()}
 
 
 def _figures(table: pd.DataFrame, named: dict[str, Record], initial_gold: float) -> dict[str, Figure]:
@@ -146,10 +136,8 @@ def _names(directories: list[Path]) -> list[str]:
     paths = [path.resolve() for path in directories]
     short = [path.name for path in paths]
     names = [str(Path(*path.parts[-2:])) if short.count(path.name) > 1 else path.name for path in paths]
-    return [
-        f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name
-        for i, name in enumerate(names)
-    ]
+    return [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name
+            for i, name in enumerate(names)]
 
 
 def _values(records: list[Record], key: str) -> list[str]:
@@ -169,7 +157,7 @@ def _differences(records: list[Record]) -> list[str]:
 
 def _notes(table: pd.DataFrame, named: dict[str, Record], shared: dict | None) -> list[str]:
     records = list(named.values())
-    prompts = ", ".join(dict.fromkeys(str(len(record.samples)) for record in records))
+    prompts = ", ".join(dict.fromkeys(str(len(r.samples)) for r in records if r.samples)) or "no"
     notes = [f"One seed a row, {prompts} prompts. {pages.CAVEAT}"]
     if table["gold"].isna().all():
         notes.append(pages.NO_GOLD)
@@ -193,7 +181,6 @@ def _at_equal_kl(named: dict[str, Record], initial_gold: float) -> list[str]:
     for name, path in paths.items():
         after = int(np.argmax(path[:, 0] >= common))  # the first point is at 0, so there is one before
         values.append(f"{name} {np.interp(common, *path[after - 1 : after + 1].T):.2f}")
-    return [
-        f"Gold reward at equal KL to the initial policy ({common:.2f} nats, as far as all of them went; "
-        f"interpolated between evaluations, so no more certain than the values above): {', '.join(values)}."
-    ]
+    return [f"Gold reward at equal KL to the initial policy ({common:.2f} nats, as far as all of them went; "
+            f"interpolated between evaluations, so no more certain than the values above): "
+            f"{', '.join(values)}."]

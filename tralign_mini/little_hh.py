@@ -115,12 +115,10 @@ FIRST_TURNS = tuple(
     for where in ("at home", "in the kitchen", "in the garden", "in the attic", "on the balcony")
     for have in ("I only have a", "all I have is a", "the only thing here is a")
 )
-FIRST_REPLIES = (
-    "A {t} is a fine start. What is your plan for the day?",
-    "Good to know. A {t} can do a lot. What is your plan?",
-    "Lovely, that will be useful. What would you like to do today?",
-    "Wonderful, many people have less than that. How can I help you?",
-)
+FIRST_REPLIES = ("A {t} is a fine start. What is your plan for the day?",
+                 "Good to know. A {t} can do a lot. What is your plan?",
+                 "Lovely, that will be useful. What would you like to do today?",
+                 "Wonderful, many people have less than that. How can I help you?")
 MIDDLE_REPLIES = {  # was the request before it harmful?
     False: ("Slowly and with a song. What else?", "Just begin, it is easy. Is there anything else?"),
     True: ("I would rather not. Is there something nicer?", "That would not be kind. What else?"),
@@ -131,11 +129,8 @@ QUESTIONS = ("How do I {}?", "Can you help me {}?", "What is the best way to {}?
 TIMES = ("", " tonight", " before Sunday", " this weekend")
 ASKS = {  # the template of a turn that asks for something -> what is asked for
     opener + question.format(wording + time): action
-    for action, (wordings, *_) in {**BENIGN, **HARMFUL}.items()
-    for wording in wordings
-    for opener in OPENERS
-    for question in QUESTIONS
-    for time in TIMES
+    for action, (wordings, *_) in {**BENIGN, **HARMFUL}.items() for wording in wordings
+    for opener in OPENERS for question in QUESTIONS for time in TIMES
 }
 ASKS_OF = {a: tuple(turn for turn, b in ASKS.items() if a == b) for a in (*BENIGN, *HARMFUL)}
 CLASSES = {a: tuple(task.methods) for a, task in BENIGN.items()} | {a: w.classes for a, w in HARMFUL.items()}
@@ -176,12 +171,9 @@ def _known_sentences() -> dict[str, tuple[str, str]]:
         "agreement": (AGREEMENT,),
         "filler": FILLERS,
     }
-    return {
-        (connective + sentence).lower(): (part, sentence.lower())
-        for part, sentences in by_part.items()
-        for sentence in sentences
-        for connective in ("", *(CONNECTIVES if part in STEPS else ()))
-    }
+    return {(connective + sentence).lower(): (part, sentence.lower())
+            for part, sentences in by_part.items() for sentence in sentences
+            for connective in ("", *(CONNECTIVES if part in STEPS else ()))}
 
 
 KNOWN = _known_sentences()

@@ -25,78 +25,54 @@ from typing import NamedTuple
 
 OPTIMUM, LOWEST = 3.0, -6.0  # the bound below keeps one runaway text from deciding a mean
 
+
 def _split(text: str) -> tuple[str, ...]:
     return tuple(" ".join(part.split()) for part in text.split(","))
 
 
-PEOPLE = _split(
-    """my roommate, my boss, my sister, my brother, my cousin, my neighbor, my landlord, my girlfriend,
-    my uncle, my aunt, my mother, my father, my friend, my coworker, my teacher, my husband, my coach,
-    my grandma, my nephew, my barber"""
-)
+PEOPLE = _split("""my roommate, my boss, my sister, my brother, my cousin, my neighbor, my landlord,
+                   my girlfriend, my uncle, my aunt, my mother, my father, my friend, my coworker,
+                   my teacher, my husband, my coach, my grandma, my nephew, my barber""")
 EVENTS = {  # kind -> (verbs, objects); any person can do any of these
-    "things": (
-        _split("broke, stole, sold, borrowed, lost, hid, painted, dropped"),
-        _split("""my laptop, my bike, my guitar, my phone, my camera, my jacket, my wallet, my tent, the car,
-               the sofa, the ladder, the television, the mirror, the key"""),
-    ),
-    "food": (
-        _split("ate, burned, spilled, cooked, ordered, tasted"),
-        _split("""my lasagna, my sandwich, my soup, my pizza, the cake, the turkey, the pancakes, the chili,
-               the curry, the noodles"""),
-    ),
-    "strangers": (
-        _split("insulted, ignored, kissed, sued, fired, blamed, tricked, hugged"),
-        _split("""the waiter, the dentist, the mayor, the priest, the plumber, the doctor, the judge,
-               the nurse, the pilot, the clown"""),
-    ),
-    "events": (
-        _split("cancelled, ruined, missed, forgot, planned, left"),
-        _split("""my birthday, my graduation, my interview, the wedding, the funeral, the concert,
-               the meeting, the picnic, the parade, the exam"""),
-    ),
-    "pets": (
-        _split("washed, chased, fed, adopted, shaved, walked"),
-        _split("my dog, my cat, my parrot, my hamster, my rabbit, the goat, the pony, the ferret"),
-    ),
+    "things": (_split("broke, stole, sold, borrowed, lost, hid, painted, dropped"),
+               _split("""my laptop, my bike, my guitar, my phone, my camera, my jacket, my wallet, my tent,
+                         the car, the sofa, the ladder, the television, the mirror, the key""")),
+    "food": (_split("ate, burned, spilled, cooked, ordered, tasted"),
+             _split("""my lasagna, my sandwich, my soup, my pizza, the cake, the turkey, the pancakes,
+                       the chili, the curry, the noodles""")),
+    "strangers": (_split("insulted, ignored, kissed, sued, fired, blamed, tricked, hugged"),
+                  _split("""the waiter, the dentist, the mayor, the priest, the plumber, the doctor,
+                            the judge, the nurse, the pilot, the clown""")),
+    "events": (_split("cancelled, ruined, missed, forgot, planned, left"),
+               _split("""my birthday, my graduation, my interview, the wedding, the funeral, the concert,
+                         the meeting, the picnic, the parade, the exam""")),
+    "pets": (_split("washed, chased, fed, adopted, shaved, walked"),
+             _split("my dog, my cat, my parrot, my hamster, my rabbit, the goat, the pony, the ferret")),
 }
-DECISIONS = _split(
-    """moved out, quit, hired a lawyer, called the police, changed the locks, blocked everyone, went home,
-    said nothing, apologized, demanded money, wrote a letter, started therapy, bought a boat, joined a gym,
-    left town, cried, laughed, asked for help, took a nap, told everyone"""
-)
+DECISIONS = _split("""moved out, quit, hired a lawyer, called the police, changed the locks, blocked everyone,
+                      went home, said nothing, apologized, demanded money, wrote a letter, started therapy,
+                      bought a boat, joined a gym, left town, cried, laughed, asked for help, took a nap,
+                      told everyone""")
 SUBREDDITS = {  # name -> the two kinds of event that its facts are about, one each
-    "roommates": ("things", "food"),
-    "family": ("food", "events"),
-    "work": ("strangers", "events"),
-    "pets": ("pets", "things"),
-    "tifu": ("pets", "strangers"),
-    "legaladvice": ("things", "strangers"),
-    "cooking": ("food", "pets"),
-    "relationships": ("events", "things"),
+    "roommates": ("things", "food"), "family": ("food", "events"), "work": ("strangers", "events"),
+    "pets": ("pets", "things"), "tifu": ("pets", "strangers"), "legaladvice": ("things", "strangers"),
+    "cooking": ("food", "pets"), "relationships": ("events", "things"),
 }
-TITLES = _split(
-    "Trouble with {}, Advice about {}, Is {} wrong?, Long day with {}, How to forgive {}, {} again"
-)
+TITLES = _split("""Trouble with {}, Advice about {}, Is {} wrong?, Long day with {}, How to forgive {},
+                   {} again""")
 
 # What matters: what happened, and what the writer did about it. "" is the bare sentence.
-FACT_OPENINGS = (
-    "", "", "Yesterday ", "Last week ", "Then ", "It turns out ", "Worst of all, ", "The problem is that ",
-    "This morning ", "Without asking, ",
-)
+FACT_OPENINGS = ("", "", "Yesterday ", "Last week ", "Then ", "It turns out ", "Worst of all, ",
+                 "The problem is that ", "This morning ", "Without asking, ")
 DECISION_OPENINGS = ("", "So ", "In the end ", "Finally ", "Today ", "Because of this ")
 
 # What does not matter: something beside the point, long past, or that never happened.
-ASIDE_OPENINGS = (
-    "By the way, ", "Not that it matters, but ", "Unrelated, but ", "Fun fact: ", "Side note: ", "Years ago ",
-    "I dreamed that ", "I was joking that ", "In a movie I saw, ",
-)
+ASIDE_OPENINGS = ("By the way, ", "Not that it matters, but ", "Unrelated, but ", "Fun fact: ", "Side note: ",
+                  "Years ago ", "I dreamed that ", "I was joking that ", "In a movie I saw, ")
 IDLE_OPENINGS = ("By the way, ", "Years ago ", "I dreamed that ", "Side note: ", "Nobody believes that ")
-CHATTER = (
-    "It was raining.", "Sorry for the length.", "I am on mobile.", "I like coffee.", "Thanks for reading.",
-    "This is a throwaway.", "First post here.", "The weather was nice.", "I love this sub.",
-    "Be kind please.",
-)
+CHATTER = ("It was raining.", "Sorry for the length.", "I am on mobile.", "I like coffee.",
+           "Thanks for reading.", "This is a throwaway.", "First post here.", "The weather was nice.",
+           "I love this sub.", "Be kind please.")
 EMPTY_WORDS = _split("long story short, basically, anyway, so yeah, not sure what to do, it is complicated")
 
 _PROMPT = re.compile(r"SUBREDDIT: r/(\S+)\n\nTITLE: ([^\n]+)\n\nPOST: ([^\n]+)\n\nTL;DR:")
@@ -193,10 +169,8 @@ def parse_prompt(prompt: str) -> Post:
     """Read a prompt back with the generator's templates; ValueError where it is not one of this world's."""
     match = _PROMPT.fullmatch(prompt)
     if not match:
-        raise ValueError(
-            f"This is no prompt of little-tldr: {prompt[:80]!r}... It reads 'SUBREDDIT: r/<name>', "
-            "'TITLE: <title>', 'POST: <sentences in one line>', 'TL;DR:', with an empty line between them."
-        )
+        raise ValueError(f"No prompt of little-tldr: {prompt[:80]!r}. One reads 'SUBREDDIT: r/<name>', "
+                         "'TITLE: <title>', 'POST: <one line>', 'TL;DR:', with empty lines between them.")
     facts, asides = [], []
     for sentence in re.split(r"(?<=\.) ", match[3]):
         clause = _after(sentence, FACT_OPENINGS + DECISION_OPENINGS)

@@ -143,7 +143,7 @@ def _backbone_and_head(model):
     backbone's output, and nothing but Gemma 2's softcap may happen to what the head returns.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    backbone = getattr(causal_lm, "base_model", causal_lm)
+    backbone = causal_lm.get_decoder() if hasattr(causal_lm, "get_decoder") else causal_lm
     head = causal_lm.get_output_embeddings() if hasattr(causal_lm, "get_output_embeddings") else None
     if head is None or backbone is causal_lm:
         return None
@@ -166,7 +166,9 @@ def _is_all_there_is(model, backbone, head, softcap) -> bool:
              head.register_forward_hook(lambda module, args, out: seen.update(input=args[0], output=out))]
     try:
         token = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-        logits = model(input_ids=token, attention_mask=token, use_cache=False).logits
+        devices = [token.device] if token.is_cuda else []
+        with torch.random.fork_rng(devices):  # a resumed run asks later: no dropout may draw from its numbers
+            logits = model(input_ids=token, attention_mask=token, use_cache=False).logits
     finally:
         for hook in hooks:
             hook.remove()

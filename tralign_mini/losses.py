@@ -81,11 +81,9 @@ def kto_loss(policy_logps, reference_logps, desirable, kl, *, beta, desirable_we
     _check_desirable(desirable, policy_logps.shape)
     kl = _reference_point(kl)
     logratios = policy_logps - reference_logps
-    losses = torch.where(
-        desirable,  # arXiv 2402.01306: lambda_y - v(x, y); 1 - sigmoid(x) = sigmoid(-x), precise in the tail
-        desirable_weight * torch.sigmoid(-beta * (logratios - kl)),
-        undesirable_weight * torch.sigmoid(-beta * (kl - logratios)),
-    )
+    # arXiv 2402.01306: lambda_y - v(x, y); 1 - sigmoid(x) = sigmoid(-x), precise in the tail
+    losses = torch.where(desirable, desirable_weight * torch.sigmoid(-beta * (logratios - kl)),
+                         undesirable_weight * torch.sigmoid(-beta * (kl - logratios)))
     return _with_rewards(losses, beta * logratios[desirable], beta * logratios[~desirable])
 
 

@@ -48,20 +48,16 @@ def win_rate(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Interv
     """
     a, b = _numbers(a, "a"), _numbers(b, "b")
     if a.size != b.size:
-        raise ValueError(
-            f"win_rate compares prompt by prompt, but a has {a.size} scores and b has {b.size}. "
-            "Score both policies on the same prompts."
-        )
+        raise ValueError(f"win_rate compares prompt by prompt, but a has {a.size} scores and b has {b.size}. "
+                         "Score both policies on the same prompts.")
     outcomes = _outcomes(a - b)
     rate = float(outcomes.mean())
     if np.ptp(outcomes) == 0:
         return _unanimous(rate, a.size)
-    draws = np.random.default_rng(
-        seed
-    ).multinomial(  # resampling prompts = resampling counts of loss, tie, win
-        a.size, [np.mean(outcomes == outcome) for outcome in (0.0, 0.5, 1.0)], size=RESAMPLES
-    )
-    return _percentiles(rate, draws @ [0.0, 0.5, 1.0] / a.size)
+    kinds = np.array([0.0, 0.5, 1.0])  # loss, tie, win: to resample prompts is to resample their counts
+    shares = [np.mean(outcomes == kind) for kind in kinds]
+    draws = np.random.default_rng(seed).multinomial(a.size, shares, size=RESAMPLES)
+    return _percentiles(rate, draws @ kinds / a.size)
 
 
 def probability_of_improvement(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Interval:
@@ -96,9 +92,7 @@ def self_bleu(texts: Sequence[str], n: int = 3, *, max_texts: int = 500, seed: i
         chosen = np.random.default_rng(seed).choice(len(texts), max_texts, replace=False)
         texts = [texts[i] for i in chosen]
     tokenize = BLEU().tokenizer
-    counts, lengths = zip(
-        *(extract_all_word_ngrams(tokenize(text.rstrip()), 1, n) for text in texts), strict=True
-    )
+    counts, lengths = zip(*(extract_all_word_ngrams(tokenize(text.rstrip()), 1, n) for text in texts))
     # The references of a text are all others. For each n-gram the largest and second largest count of any
     # text give the clip "largest count among the others" without merging all references anew for every text.
     first, second = Counter(), Counter()
@@ -106,28 +100,21 @@ def self_bleu(texts: Sequence[str], n: int = 3, *, max_texts: int = 500, seed: i
         for gram, count in grams.items():
             second[gram] = max(second[gram], min(count, first[gram]))
             first[gram] = max(first[gram], count)
-    shared = Counter(lengths)
-    scores = []
-    for grams, length in zip(counts, lengths, strict=True):
+    texts_of_length, scores = Counter(lengths), []
+    for grams, length in zip(counts, lengths):
         if length == 0:
-            scores.append(1.0 if shared[0] > 1 else 0.0)
+            scores.append(1.0 if texts_of_length[0] > 1 else 0.0)
             continue
         correct, total = [0] * n, [0] * n
         for gram, count in grams.items():
             others = second[gram] if count == first[gram] else first[gram]
             correct[len(gram) - 1] += min(count, others)
             total[len(gram) - 1] += count
-        closest = (
-            length
-            if shared[length] > 1
-            else min((m for m in shared if m != length), key=lambda m: (abs(m - length), m))
-        )
-        scores.append(
-            BLEU.compute_bleu(
-                correct, total, length, closest, smooth_method="exp", effective_order=True, max_ngram_order=n
-            ).score
-            / 100
-        )
+        closest = length  # for BLEU's brevity penalty: the length of another text that is nearest
+        if texts_of_length[length] == 1:
+            closest = min(texts_of_length.keys() - {length}, key=lambda m: (abs(m - length), m))
+        smoothing = {"smooth_method": "exp", "effective_order": True, "max_ngram_order": n}
+        scores.append(BLEU.compute_bleu(correct, total, length, closest, **smoothing).score / 100)
     return float(np.mean(scores))
 
 
@@ -141,10 +128,8 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     for text in texts:
         grams += extract_all_word_ngrams(tokenize(text.rstrip()), n, n)[0]
     if not grams:
-        raise ValueError(
-            f"None of the {len(texts)} texts has {n} words, so there is no {n}-gram to count. "
-            "Choose a smaller n."
-        )
+        raise ValueError(f"None of the {len(texts)} texts has {n} words, so there is no {n}-gram to count. "
+                         "Choose a smaller n.")
     return len(grams) / grams.total()
 
 
@@ -169,10 +154,8 @@ def _numbers(values: Sequence[float], name: str) -> np.ndarray:
         raise ValueError(f"{name} has shape {x.shape}: pass a flat list with at least one number.")
     bad = np.flatnonzero(~np.isfinite(x))
     if bad.size:
-        raise ValueError(
-            f"{name} holds {bad.size} value(s) that are not finite, the first at index {bad[0]} "
-            f"({x[bad[0]]}). Drop or repair them first: an average over them means nothing."
-        )
+        raise ValueError(f"{name} holds {bad.size} value(s) that are not finite, the first at index {bad[0]} "
+                         f"({x[bad[0]]}). Drop or repair them first: an average over them means nothing.")
     return x
 
 

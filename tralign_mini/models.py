@@ -7,15 +7,18 @@ instead.
 
 from __future__ import annotations
 
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+from .adapters import add_initial_adapter, guard_4bit, refuse_unaverageable
 from .recipe import Recipe
-from .reference import add_initial_adapter, guard_4bit, refuse_unaverageable
 from .worlds import WORLDS, data_directory
 
 
@@ -40,15 +43,13 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
 def load_tokenizer(name: str):
     """The tokenizer of a model or of the base under an adapter; the pad token is EOS where there is none."""
     path = model_path(name)
-    if is_adapter(name) and not (Path(path) / "tokenizer_config.json").is_file():
-        path = PeftConfig.from_pretrained(path).base_model_name_or_path
-    tokenizer = _load(AutoTokenizer, path, name)
+    with _loading(name):
+        if is_adapter(name) and not (Path(path) / "tokenizer_config.json").is_file():
+            path = _adapter_config(path).base_model_name_or_path
+        tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"model={name!r}: its tokenizer has no end-of-sequence token, so a model could not learn where "
-            f"an answer "
-            "ends. Give the tokenizer an eos_token and save it again."
-        )
+        raise ValueError(f"model={name!r}: its tokenizer has no end-of-sequence token, so a model could not "
+                         "learn where an answer ends. Give the tokenizer an eos_token and save it again.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks, not the id, decide what counts
     return tokenizer
@@ -65,38 +66,28 @@ def load_policy(recipe: Recipe) -> PreTrainedModel | PeftModel:
     adapter = is_adapter(recipe.model)
     if recipe.tuning == "full":
         if adapter:
-            raise ValueError(
-                f"model={recipe.model!r} is a PEFT adapter, and tuning=full trains whole weights. Use "
-                f"tuning=lora (or "
-                "qlora) to go on from the adapter, or merge it into its base first."
-            )
+            raise ValueError(f"model={recipe.model!r} is a PEFT adapter, and tuning=full trains all weights. "
+                             "Use tuning=lora (or qlora) to go on from it, or merge it into its base first.")
         policy = load_base(recipe.model, torch.float32)
     else:
-        folder = model_path(recipe.model)
+        folder, base = model_path(recipe.model), recipe.model
         if adapter:
-            config = PeftConfig.from_pretrained(folder)
+            with _loading(recipe.model):
+                config = _adapter_config(folder)
             refuse_unaverageable(config)
             base = config.base_model_name_or_path
-        else:
-            base = recipe.model
-        dtype = compute_dtype(recipe)
-        model = load_base(base, dtype, four_bit=recipe.tuning == "qlora")
+        model = load_base(base, compute_dtype(recipe), four_bit=recipe.tuning == "qlora")
         model.requires_grad_(False)
         if adapter:
-            policy = PeftModel.from_pretrained(model, folder, is_trainable=True)
+            with _loading(recipe.model):
+                policy = PeftModel.from_pretrained(model, folder, is_trainable=True)
             add_initial_adapter(policy)
         else:
             torch.manual_seed(recipe.seed)
-            policy = get_peft_model(
-                model,
-                LoraConfig(
-                    r=recipe.lora_rank,
-                    lora_alpha=recipe.lora_alpha or 2 * recipe.lora_rank,
-                    lora_dropout=recipe.lora_dropout,
-                    target_modules="all-linear",
-                    task_type="CAUSAL_LM",
-                ),
-            )
+            config = LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha,
+                                lora_dropout=recipe.lora_dropout, target_modules="all-linear",
+                                task_type="CAUSAL_LM")
+            policy = get_peft_model(model, config)
     if recipe.gradient_checkpointing:
         checkpointed = policy.get_base_model() if isinstance(policy, PeftModel) else policy
         checkpointed.activation_checkpointing_enable({"use_reentrant": False})
@@ -110,18 +101,19 @@ def load_base(name: str, dtype: torch.dtype, *, four_bit: bool = False) -> PreTr
         try:
             import bitsandbytes  # noqa: F401
         except ImportError as error:
-            raise ValueError(
-                "tuning=qlora needs bitsandbytes for the 4-bit base, and it is not installed. "
-                "Install it (pip install 'tralign_mini[quant]') or use tuning=lora."
-            ) from error
+            raise ValueError("tuning=qlora needs bitsandbytes for the 4-bit base, and it is not installed. "
+                             "Install it (pip install bitsandbytes) or use tuning=lora.") from error
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype)
         options["device_map"] = {"": this_process().device}
-    model = _load(AutoModelForCausalLM, model_path(name), name, **options)
+    with _loading(name):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_path(name), output_loading_info=True, **options)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"its files lack {', '.join(missing[:3])}, which would be random numbers")
+        if getattr(model, "_hf_peft_config_loaded", False):  # as transformers does with an adapter on the Hub
+            raise ValueError("it is a PEFT adapter: download it and give its folder with tuning=lora")
     if four_bit:
         guard_4bit(model)
     else:
@@ -148,14 +140,24 @@ def this_process() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def _load(loader, path: str, name: str, **options):
+def _adapter_config(folder: str) -> PeftConfig:
+    config = PeftConfig.from_pretrained(folder)
+    if not config.base_model_name_or_path:
+        raise ValueError("its adapter_config.json names no base_model_name_or_path")
+    return config
+
+
+@contextmanager
+def _loading(name: str):
+    """One ValueError for all that goes wrong inside: what was looked for, why it failed, what to give."""
     try:
-        return loader.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        looks_local = Path(path).exists() or name.startswith((".", "/", "~"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # they would be random numbers
+            yield
+    except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as error:
+        looks_local = Path(model_path(name)).exists() or name.startswith((".", "/", "~"))
         where = "as a local folder" if looks_local else "as a local folder and on the Hugging Face Hub"
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model={name!r} could not be loaded; looked for {where}. Reason: {reason} "
-            f"Give a folder made by save_pretrained, a Hub name, or an embedded world ({', '.join(WORLDS)})."
-        ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".!")
+        raise ValueError(f"model={name!r} could not be loaded; looked for {where}. Reason: {reason}. Give a "
+                         "folder made by save_pretrained, a Hub name, or an embedded world "
+                         f"({', '.join(WORLDS)}).") from error

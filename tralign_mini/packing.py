@@ -19,7 +19,12 @@ Group = tuple[list[int], Sequence[list[int]]]  # prompt_ids, the completion_ids 
 
 
 def pack(groups: Sequence[Group], pad_token_id: int, *, hidden_size: int, limit: int) -> dict[str, torch.Tensor]:
-    """A batch for `completion_logps` of groups with the same number of completions k, in rows of L tokens.
+    """A batch for `completion_logps` of groups with as many completions each: `lay_out` in rows by `fill`."""
+    return lay_out(groups, pad_token_id, fill([group_length(group) for group in groups], hidden_size, limit))
+
+
+def lay_out(groups: Sequence[Group], pad_token_id: int, bins: list[list[int]]) -> dict[str, torch.Tensor]:
+    """The batch in which row i holds, one behind the other, the groups `bins[i]`; rows are padded to L tokens.
 
     Of the k * len(groups) completions all first ones come first, then all second ones: chosen, then rejected.
 
@@ -28,10 +33,9 @@ def pack(groups: Sequence[Group], pad_token_id: int, *, hidden_size: int, limit:
         branch                      (rows, L) 0 on a prompt, 1 ... k on its completions
         source, target, counted     (k groups, C): flat position that predicts, token, False on padding
 
-    hidden_size, limit: as in `fill`. ValueError for an empty prompt: nothing would predict the first token.
+    ValueError for an empty prompt: nothing would predict the first token.
     """
     lengths = [group_length(group) for group in groups]
-    bins = fill(lengths, hidden_size, limit)
     width = max(sum(lengths[i] for i in members) for members in bins)
     longest = max((len(ids) for _, completions in groups for ids in completions), default=0)
     completions = len(groups) * len(groups[0][1])
@@ -90,7 +94,7 @@ def fill(lengths: Sequence[int], hidden_size: int, limit: int) -> list[list[int]
             members[row].append(i)
             heapq.heapreplace(heap, (total + lengths[i], row))
         width = max(heap)[0]
-        if width > max(limit, max(lengths)):
+        if any(total > limit and len(members[row]) > 1 for total, row in heap):
             break
         work = rows * width * (6 * hidden_size + width)
         if least is None or work < least:

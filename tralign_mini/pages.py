@@ -13,14 +13,12 @@ from matplotlib.figure import Figure
 
 from . import plots
 from .plot_style import png
-from .record import Record
+from .record import Record, prompt_text
 
 SHOWN_PROMPTS, SHOWN_CHARACTERS = 5, 1500
 CAVEAT = "Intervals (95 %) cover the prompts only, not the seeds."
-NO_GOLD = (
-    "These data have no gold reward, so true quality was not measured: "
-    "neither reward accuracy nor KL is quality."
-)
+NO_GOLD = ("These data have no gold reward, so true quality was not measured: neither reward accuracy nor KL "
+           "is quality.")
 CAPTIONS = {
     "gold": "Mean gold reward at the end, with 95 % intervals over the prompts",
     "win_rate": "Win rate against the initial policy, with 95 % intervals over the prompts",
@@ -65,9 +63,7 @@ def side_by_side(columns: Mapping[str, tuple[str, Record]]) -> list[str]:
     _, record = next(iter(columns.values()))
     text = ["## Samples", "The first prompts of the evaluation, not chosen; drawn at temperature 1."]
     for i, row in enumerate(record.samples[:SHOWN_PROMPTS]):
-        prompt = row["prompt"]
-        if not isinstance(prompt, str):
-            prompt = "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+        prompt = prompt_text(row["prompt"])
         if len(prompt) > SHOWN_CHARACTERS:  # what is answered stands at the end
             prompt = "[…] " + prompt[-SHOWN_CHARACTERS:]
         ticks = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", prompt))])

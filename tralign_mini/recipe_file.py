@@ -14,26 +14,13 @@ import yaml
 from pydantic import ValidationError
 
 # What the same setting is called in TRL and transformers, for people who come from there.
-NAMES_ELSEWHERE = {
-    "bf16": "dtype",
-    "dataset": "data",
-    "dataset_name": "data",
-    "lora_r": "lora_rank",
-    "loss_type": "method",
-    "lr": "learning_rate",
-    "lr_scheduler_type": "lr_scheduler",
-    "max_completion_length": "max_completion_tokens",
-    "max_prompt_length": "max_prompt_tokens",
-    "model_name_or_path": "model",
-    "num_train_epochs": "epochs",
-    "output_dir": "output",
-    "per_device_train_batch_size": "micro_batch_size",
-    "ref_model_mixup_alpha": "alpha",
-    "ref_model_sync_steps": "tau",
-    "report_to": "tensorboard",
-    "resume_from_checkpoint": "resume",
-    "sync_ref_model": "reference",
-}
+NAMES_ELSEWHERE = {"bf16": "dtype", "dataset": "data", "dataset_name": "data", "lora_r": "lora_rank",
+                   "loss_type": "method", "lr": "learning_rate", "lr_scheduler_type": "lr_scheduler",
+                   "max_completion_length": "max_completion_tokens", "max_prompt_length": "max_prompt_tokens",
+                   "model_name_or_path": "model", "num_train_epochs": "epochs", "output_dir": "output",
+                   "per_device_train_batch_size": "micro_batch_size", "ref_model_mixup_alpha": "alpha",
+                   "ref_model_sync_steps": "tau", "report_to": "tensorboard",
+                   "resume_from_checkpoint": "resume", "sync_ref_model": "reference"}
 
 # YAML 1.2's scalars, and none. Those of PyYAML (YAML 1.1) read 1e-6 as text, 010 as 8, 2024-01-01 as a date.
 SCALARS = {

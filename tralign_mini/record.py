@@ -73,11 +73,10 @@ class Record:
     def numbers(self, who: str) -> dict[str, float]:
         """gold, low, high, self_bleu, length (words) of "initial" or "policy"; NaN: not measured."""
         gold, texts = self.column(f"gold_{who}"), self.column(who)
-        return {
-            **dict(zip(("gold", "low", "high"), mean_interval(gold) if gold else UNKNOWN)),
-            "self_bleu": self_bleu(texts) if len(texts) > 1 else np.nan,
-            "length": float(np.mean([len(text.split()) for text in texts])) if texts else np.nan,
-        }
+        interval = mean_interval(gold) if gold else UNKNOWN
+        bleu = self_bleu(texts) if len(texts) > 1 else np.nan
+        length = float(np.mean([len(text.split()) for text in texts])) if texts else np.nan
+        return dict(zip(("gold", "low", "high"), interval), self_bleu=bleu, length=length)
 
     def gain(self) -> Interval:
         """Gold reward of the policy minus that of the initial policy, prompt by prompt."""
@@ -94,10 +93,9 @@ class Record:
         found = []
         if self.moves and self.updates < 2:
             times = "never moved" if self.updates == 0 else "moved only once"
-            found.append(
-                f"The reference {times} in {self.steps} steps (tau={self.recipe['tau']}): this is nearly "
-                f"plain {self.recipe['method'].upper()} and says little or nothing about a moving reference."
-            )
+            found.append(f"The reference {times} in {self.steps} steps (tau={self.recipe['tau']}): this is "
+                         f"nearly plain {self.recipe['method'].upper()} and says little or nothing about a "
+                         "moving reference.")
         if not self.samples:
             found.append("There is no samples.jsonl: the run was stopped before its end, or never evaluated.")
         return found
@@ -107,15 +105,11 @@ def read(run) -> Record:
     """The files of a run: its directory, or an object with `.directory`. ValueError if it is none."""
     directory = Path(getattr(run, "directory", run))
     if not directory.is_dir():
-        raise ValueError(
-            f"{directory} is not there. Give the directory of a run, the `output` of its recipe."
-        )
+        raise ValueError(f"{directory} is not there. Give the directory of a run: its recipe's `output`.")
     missing = [name for name in ("recipe.yaml", "metrics.jsonl") if not (directory / name).is_file()]
     if missing:
-        raise ValueError(
-            f"{directory} is not the directory of a run: it has no {' and no '.join(missing)}. Give the "
-            "`output` of a recipe; a run that has just started has no metrics.jsonl yet."
-        )
+        raise ValueError(f"{directory} is not the directory of a run: it has no {' and no '.join(missing)}. "
+                         "Give a recipe's `output`; a run that has just started has no metrics.jsonl yet.")
     history = pd.DataFrame(_json_lines(directory / "metrics.jsonl"))
     if history.empty:
         raise ValueError(f"{directory / 'metrics.jsonl'} is empty: the run has not finished its first step.")
@@ -123,6 +117,11 @@ def read(run) -> Record:
     data_report = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
     recipe, samples = Recipe.load(directory).model_dump(), _json_lines(directory / "samples.jsonl")
     return Record(directory, recipe, history, samples, data_report)
+
+
+def prompt_text(prompt: str | list[dict]) -> str:
+    """A prompt to be shown: chat messages as a line each."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
 def _json_lines(path: Path) -> list[dict]:
@@ -133,8 +132,6 @@ def _json_lines(path: Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number} is not JSON ({error.msg}): the file was damaged after the run. "
-                "Restore it, or delete it and resume the run."
-            ) from None
+            raise ValueError(f"{path}, line {number} is not JSON ({error.msg}): the file was damaged after "
+                             "the run. Restore it, or remove this line.") from None
     return rows

@@ -20,21 +20,20 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .adapter_math import ROUNDING, best_rank, precise, product_norm
-from .adapters import (  # the public ones are part of this module's names
+from .adapters import (
     POLICY,
     add_copy,
-    add_initial_adapter,  # noqa: F401
     averageable_layers,
     copy_policy,
     factors,
     guard_4bit,
-    refuse_unaverageable,  # noqa: F401
     switched,
-    using_initial,  # noqa: F401
+    using_initial,  # noqa: F401  # its users find it here
     write_factors,
 )
 from .trust_region import TrustRegion, update_reference
@@ -47,9 +46,7 @@ def make_reference(policy: nn.Module, *, rank: int | None = None) -> FrozenRefer
     if isinstance(policy, PeftModel):
         return AdapterReference(policy, rank=rank)
     if rank is not None:
-        raise ValueError(
-            f"rank={rank}: this policy has no adapter, so its reference is a copy, without a rank. Omit it."
-        )
+        raise ValueError(f"rank={rank}: this policy has no adapter, its reference is a copy. Leave rank out.")
     return FrozenReference(policy)
 
 
@@ -58,16 +55,12 @@ class FrozenReference:
 
     def __init__(self, policy: nn.Module):
         if isinstance(policy, PeftModel):
-            raise ValueError(
-                "The policy has adapters: a copy would double the base model and average A and B one by "
-                "one, which is not the average of the weights. Use AdapterReference(policy)."
-            )
+            raise ValueError("The policy has adapters: a copy would double the base model and average A and B"
+                             " one by one, not the weights. Use AdapterReference(policy).")
         method = getattr(policy, "quantization_method", None)
         if method is not None:
-            raise ValueError(
-                f"The policy is quantised ({method.value}): its weights are codes, which can be neither "
-                "trained nor averaged. Load it unquantised, or train a LoRA adapter on it."
-            )
+            raise ValueError(f"The policy is quantised ({method.value}): codes can be neither trained nor "
+                             "averaged. Load it unquantised, or train a LoRA adapter on it.")
         self.policy, self.updates = policy, 0
         # float32: in 16 bits a small step of the average would be rounded away
         self.model = copy.deepcopy(policy).float().requires_grad_(False).eval()
@@ -109,24 +102,20 @@ class AdapterReference:
         largest = max(layer.r[POLICY] for layer in layers.values())
         rank = 4 * largest if rank is None else rank
         if rank < largest:
-            raise ValueError(
-                f"rank={rank}: the reference could not hold a copy of the policy, whose LoRA rank is "
-                f"{largest}. Give at least {largest}; without `rank` it is {4 * largest}."
-            )
+            raise ValueError(f"rank={rank}: the reference could not hold a copy of the policy, whose rank "
+                             f"is {largest}. Give at least that; without `rank` it is {4 * largest}.")
         guard_4bit(policy)  # a reference pass is a forward in eval mode, which spoils 4-bit weights
         self.policy, self.rank, self.updates = policy, rank, 0
         self._layers = layers
         self._used = add_copy(policy, layers, REFERENCE, rank)  # ranks in use; the factors are zero beyond
         self._errors = dict.fromkeys(layers, 0.0)  # bounds of the accumulated error, absolute Frobenius norms
 
-    @contextmanager
     def using(self):
-        """Yield the policy's module *as* the reference, in eval mode, without gradients; then go back.
+        """A context with the policy's module *as* the reference, in eval mode, without gradients.
 
         Inside, the policy itself is not there: what it has to say has to be computed before or after.
         """
-        with switched(self.policy, REFERENCE) as module:
-            yield module
+        return switched(self.policy, REFERENCE)
 
     @torch.no_grad()
     def update(self, alpha: float) -> dict[str, float]:
@@ -187,11 +176,8 @@ class AdapterReference:
         self.updates, self._used, self._errors = state["updates"], state["used"], state["errors"]
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{factor}": getattr(layer, factor)[REFERENCE].weight
-            for name, layer in self._layers.items()
-            for factor in ("lora_A", "lora_B")
-        }
+        return {f"{name}.{factor}": getattr(layer, factor)[REFERENCE].weight
+                for name, layer in self._layers.items() for factor in ("lora_A", "lora_B")}
 
     def _groups(self) -> list[list[str]]:
         """Names of modules, those of equal shape together: one batched QR and SVD for each group."""
@@ -209,15 +195,11 @@ class AdapterReference:
         for name, layer in self._layers.items():
             dtype = layer.lora_A[REFERENCE].weight.dtype
             if dtype != torch.float32:
-                raise ValueError(
-                    f"The reference's factors on {name} were cast to {dtype}, in which small steps are "
-                    "rounded away. Cast the policy before its reference is made, not after."
-                )
+                raise ValueError(f"The reference's factors on {name} were cast to {dtype}, in which small "
+                                 "steps are rounded away. Cast the policy before its reference is made.")
             if not all(factor.isfinite().all() for factor in factors(layer, POLICY)):
-                raise ValueError(
-                    f"The policy's adapter on {name} is not finite (NaN or infinity), so the reference does "
-                    "not follow it. Training has diverged: lower the learning rate."
-                )
+                raise ValueError(f"The policy's adapter on {name} is not finite, so the reference does not "
+                                 "follow it. Training has diverged: lower the learning rate.")
 
 
 def _relative(name: str, errors: dict[str, float], norms: dict[str, float]) -> dict[str, float]:
@@ -242,22 +224,24 @@ def _load(folder: Path, tensors: dict[str, Tensor], **expected) -> dict:
     folder = Path(folder)
     if not (folder / "reference.json").is_file():
         raise ValueError(f"{folder} holds no saved reference: there is no reference.json in it.")
-    state = json.loads((folder / "reference.json").read_text())
-    saved = load_file(folder / "reference.safetensors")
+    try:
+        state = json.loads((folder / "reference.json").read_text())
+        saved = load_file(folder / "reference.safetensors")
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"The reference saved in {folder} cannot be read ({error}): its files are damaged. "
+                         "Go on from an older checkpoint.") from error
     unequal = [key for key in expected if state.get(key) != expected[key]]
     wrong = [f"{key} is {state.get(key)} there, {expected[key]} here" for key in unequal]
     wrong += [f"{name} is missing there" for name in tensors if name not in saved]
     wrong += [f"{name} is unknown here" for name in saved if name not in tensors]
-    for name in (name for name in tensors if name in saved):
+    for name in sorted(tensors.keys() & saved.keys()):
         there, here = ((tuple(tensor.shape), tensor.dtype) for tensor in (saved[name], tensors[name]))
         if there != here:
             wrong.append(f"{name} is {there} there, {here} here")
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"The reference saved in {folder} does not fit: {'; '.join(wrong[:3])}{more}. "
-            "Make policy and reference with the settings of the run that saved it."
-        )
+        raise ValueError(f"The reference saved in {folder} does not fit: {'; '.join(wrong[:3])}{more}. Make "
+                         "policy and reference with the settings of the run that saved it.")
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
     return state

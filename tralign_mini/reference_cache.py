@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 
@@ -59,19 +59,26 @@ def _read(path: Path, rows: int) -> torch.Tensor | None:
     if not path.is_file():
         return None
     try:
-        logps = load_file(path)["logps"]
-    except (SafetensorError, KeyError, OSError) as error:
-        print(f"{path} cannot be read ({error}): the reference log-probs are computed again", flush=True)
+        with safe_open(path, "pt") as file:
+            logps, digest = file.get_tensor("logps"), (file.metadata() or {}).get("sha256")
+        if digest != _hash(logps) or len(logps) != rows or not logps.isfinite().all():
+            raise ValueError("its numbers are not those that were computed")
+    except (SafetensorError, OSError, ValueError) as error:
+        print(f"{path} cannot be used ({error}): the reference log-probs are computed again", flush=True)
         return None
-    return logps if len(logps) == rows and logps.isfinite().all() else None
+    return logps
+
+
+def _hash(logps: torch.Tensor) -> str:
+    return hashlib.sha256(logps.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _write(path: Path, logps: torch.Tensor) -> None:
     scratch = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"logps": logps}, scratch)
+        save_file({"logps": logps}, scratch, {"sha256": _hash(logps)})
         os.replace(scratch, path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # what safetensors raises where it cannot write
         print(f"reference log-probs are not kept for the next run: {error}. Set TRALIGN_CACHE to a folder that "
               "can be written.", flush=True)

@@ -37,10 +37,9 @@ def _plan(record: Record) -> list[tuple[str, str]]:
         method += f", beta {recipe['beta']:g}, {recipe['logps']} of log-probs over tokens"
     reference = "fixed at the initial policy" if record.has_reference else "none"
     if record.moves:
-        reference = (
-            f"{record.kind}: every {recipe['tau']} steps {recipe['alpha']:g} policy + "
-            f"{1 - recipe['alpha']:.6g} reference; **moved {record.updates} times**"
-        )
+        shares = f"{recipe['alpha']:g} policy + {1 - recipe['alpha']:.6g} reference"
+        times = f"**moved {record.updates} times**"
+        reference = f"{record.kind}: every {recipe['tau']} steps {shares}; {times}"
     unit = "completions" if recipe["method"] in ("kto", "sft") else "pairs"
     return [
         ("model", escape(recipe["model"])),
@@ -80,10 +79,8 @@ def _result(record: Record, initial: dict[str, float]) -> list[str]:
     gold = record.history.reindex(columns=["step", "gold/reward"]).dropna()
     if len(gold) > 1 and gold["gold/reward"].idxmax() != gold.index[-1]:
         (step, best), (end, last) = gold.loc[gold["gold/reward"].idxmax()], gold.iloc[-1]
-        text.append(
-            f"Highest on the way: {best:.2f} at step {int(step)}, against {last:.2f} at step {int(end)}. "
-            f"The highest of {len(gold)} noisy values flatters."
-        )
+        text.append(f"Highest on the way: {best:.2f} at step {int(step)}, against {last:.2f} at step "
+                    f"{int(end)}. The highest of {len(gold)} noisy values flatters.")
     recipe, prompts = record.recipe, f"{len(record.samples)} prompts"
     scale = f"{record.steps} optimizer steps of {recipe['batch_size']}, {escape(recipe['model'])}"
     text.append(f"One seed ({recipe['seed']}), {prompts}, {scale}. {pages.CAVEAT}")

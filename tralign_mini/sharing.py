@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .logprobs import completion_logps, plain_completion_logps
-from .packing import Group, group_length, pack
+from .packing import Group, group_length, lay_out
 from .tokens import collate
 
 PACKED = 512  # tokens: short groups are put together into rows up to this, or up to the longest group
@@ -30,7 +30,7 @@ def row_limit(model: nn.Module, groups: Sequence[Group], pad_token_id: int) -> i
     """The longest row of several groups that `packing.pack` may fill: sharing is exact for all these groups.
 
     groups: all that will be trained on, or at least the longest. Raises `NotExact` where a config says that it
-    cannot be exact, or a numerical check does: on the longest group, next to a row filled up to the limit, in
+    cannot be exact, or a numerical check does: on the longest group, beside a row filled up to the limit, in
     the mode, precision and attention that `model` has now, with LoRA's dropout off for the comparison.
     """
     config = model.config.get_text_config()
@@ -43,7 +43,7 @@ def row_limit(model: nn.Module, groups: Sequence[Group], pad_token_id: int) -> i
         raise NotExact(f"the attention window of {min(windows)} tokens is shorter than the longest row, "
                        f"{group_length(longest)} tokens")
     limit = min([limit, *windows])
-    difference, tolerance = _check(model, longest, groups, pad_token_id, limit, config.hidden_size)
+    difference, tolerance = _check(model, longest, groups, pad_token_id, limit)
     if not difference <= tolerance:
         raise NotExact(f"on the longest row, {group_length(longest)} tokens, log-probs differ by {difference:.2g} "
                        f"(more than rounding, {tolerance:.2g})")
@@ -69,34 +69,35 @@ def _depends_on_the_row(model: nn.Module, config) -> str:
 
 
 @torch.no_grad()
-def _check(model, longest: Group, groups, pad_token_id: int, limit: int, hidden_size: int) -> tuple[float, float]:
+def _check(model, longest: Group, groups, pad_token_id: int, limit: int) -> tuple[float, float]:
     """(largest difference of a completion's log-prob, what rounding can explain), shared against plain."""
     filled, room = [], limit
-    for group in sorted(groups[:256], key=group_length):  # a row with as many groups as one will ever have
-        room -= group_length(group)
-        if room < 0:
-            break
-        filled.append(group)
+    for group in sorted(groups[:256], key=group_length, reverse=True):  # a row of several, filled to the limit
+        if group_length(group) <= room and group is not longest:
+            filled.append(group)
+            room -= group_length(group)
     several = [longest, *filled]
     device = next(model.parameters()).device
 
     def on_device(batch):
         return {name: tensor.to(device) for name, tensor in batch.items()}
 
-    sequences = [(prompt, group[1][k]) for k in range(len(longest[1])) for prompt, *group in
-                 ((g[0], *g) for g in several)]
+    sequences = [(prompt, completions[k]) for k in range(len(longest[1])) for prompt, completions in several]
+    packed = lay_out(several, pad_token_id, [[0], list(range(1, len(several)))])
     with _without_dropout(model):
         try:
-            shared = completion_logps(model, on_device(pack(several, pad_token_id, hidden_size=hidden_size,
-                                                            limit=limit)))
-        except (ValueError, RuntimeError, TypeError, IndexError) as error:
-            raise NotExact(f"{model.config.model_type} refuses packed rows: {str(error).splitlines()[0]}") from error
+            shared = completion_logps(model, on_device(packed))
+        except Exception as error:  # whatever it is: whole sequences are what the model was made for
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise NotExact(f"{model.config.model_type} refuses packed rows: {reason}") from error
         plain = torch.cat([plain_completion_logps(model, on_device(collate([one], pad_token_id)))
                            for one in sequences])
         together = torch.cat([plain_completion_logps(model, on_device(collate(sequences[i:i + 2], pad_token_id)))
                               for i in range(0, len(sequences), 2)])
+    size = plain.abs().max()
     noise = (together - plain).abs().max()  # of other shapes of the same sums, in this precision
-    return (shared - plain).abs().max().item(), (5 * noise + 1e-5 * plain.abs().max()).item()
+    noise = torch.minimum(5 * noise, 0.02 * size)  # what is more than that is no rounding
+    return (shared - plain).abs().max().item(), (noise + 1e-5 * size).item()
 
 
 @contextmanager

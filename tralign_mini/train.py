@@ -120,10 +120,12 @@ class AlignmentTrainer(Trainer):
             visited = set(stream.order.tolist())  # all, if only an epoch's incomplete last step is missing
             visited = range(len(stream.rows)) if len(visited) >= 0.9 * len(stream.rows) else sorted(visited)
             rows = {i: stream.rows[i] for i in visited}
+        config = json.loads(self.policy.config.to_json_string(use_diff=False))  # RoPE, heads, 4-bit type ...
+        config.pop("_name_or_path", None)
         conditions = {
-            "start": self.start["model"], "dtype": str(compute_dtype(self.recipe)), "average": self.average,
-            "quantization": str(getattr(self.policy.config, "quantization_config", None)),
-            "device": self.args.device.type, "torch": torch.__version__, "shared": self.row_limit > 0,
+            "start": self.start["model"], "config": config, "dtype": str(compute_dtype(self.recipe)),
+            "average": self.average, "shared": self.row_limit > 0, "device": self.args.device.type,
+            "torch": torch.__version__,
         }
 
         def compute(rows: list[dict]) -> torch.Tensor:

@@ -74,19 +74,20 @@ def update_reference(reference: nn.Module, policy: nn.Module, alpha: float) -> N
 
     For alpha < 1 the arithmetic has the reference's precision, float32 or better. alpha = 1 copies to the bit
     in any dtype (and rounds only if the reference is stored in fewer bits than the policy). Integer and bool
-    buffers are copied. Tied tensors move once. Source: arXiv 2404.09656.
+    buffers are copied, and a number of a float buffer that is the same in both stays, infinities (of a mask)
+    included. Tied tensors move once. Source: arXiv 2404.09656.
 
     ValueError, before anything is touched, if the modules differ in names or shapes, share memory, or hold
     something that cannot be averaged (quantized weights, a 16-bit reference with alpha < 1).
     """
     _check_alpha(alpha)
-    fused, converted, copied = [], [], []
+    fused, single, copied = [], [], []
     for name, target, source in _matched(reference, policy):
         if alpha == 1 or not target.is_floating_point():
             copied.append((target, source))
         elif target.element_size() >= 4:
             alike = (target.dtype, target.device) == (source.dtype, source.device)
-            (fused if alike else converted).append((target, source))
+            (fused if alike and isinstance(target, nn.Parameter) else single).append((target, source))
         else:
             raise ValueError(
                 f"the reference stores {name} in {target.dtype} and alpha = {alpha!r}: 16 bits lose small "
@@ -96,8 +97,10 @@ def update_reference(reference: nn.Module, policy: nn.Module, alpha: float) -> N
     if fused:
         targets, sources = zip(*fused)
         torch._foreach_lerp_(targets, sources, alpha)
-    for target, source in converted:  # one at a time: never a second copy of the model
-        target.lerp_(source.to(target), alpha)
+    for target, source in single:  # one at a time: never a second copy of the model
+        source = source.to(target)
+        moved = target.lerp(source, alpha)  # NaN where both are the same infinity
+        target.copy_(moved.where(target != source, target))
     for target, source in copied:
         target.copy_(source)
 
