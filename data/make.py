@@ -214,11 +214,11 @@ def build(name: str) -> None:
     folder = REPOSITORY / "data" / name
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(world, name)
+    tokenizer.save_pretrained(folder / "model")  # now: sampling leaves its padding in it
     model = make_model(tokenizer)
     print(f"[{name}] {len(tokenizer)} tokens, {model.num_parameters():,} parameters", flush=True)
     seen = train_sft(model, tokenizer, world, name, settings)
     model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
     (folder / "model" / "model.safetensors").chmod(0o644)
     model = GPTNeoXForCausalLM.from_pretrained(folder / "model")  # the pairs come from the shipped files
     train, test, dropped = make_pairs(model, tokenizer, world, name, settings, seen)
