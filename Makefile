@@ -1,13 +1,14 @@
 # make demo       sets everything up in .venv, then compares SFT, DPO and TR-DPO on an embedded world
 # make test       the tests              make test-long   those that take minutes
 # make lab        JupyterLab             make clean       removes .venv and caches
+# make bench      speed and memory beside TRL's, on a machine that does nothing else (25 minutes)
 # A second call installs nothing, unless pyproject.toml or constraints.txt changed.
 
 PIP = .venv/bin/python -m pip --disable-pip-version-check
 # One thread for each test process: the results do not depend on the machine, and processes do not compete.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest --durations=10 -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-long lab clean
+.PHONY: demo test test-long lab bench clean
 
 demo: .venv/.ready
 	.venv/bin/tralign demo
@@ -20,6 +21,9 @@ test-long: .venv/.ready
 
 lab: .venv/.ready-lab
 	.venv/bin/jupyter lab notebooks
+
+bench: .venv/.ready
+	.venv/bin/python -m benchmarks.against_trl
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
