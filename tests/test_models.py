@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -314,3 +315,21 @@ def test_bfloat16_arithmetic_leaves_what_trains_in_float32(folders):
     lora = tr_policy(folders[tiny_neox], dtype="bfloat16", tuning="lora")
     assert {p.dtype for p in lora.parameters() if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in lora.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_freed_memory_is_kept_for_the_next_tensor():
+    code = """
+import resource, sys, torch
+from tralign_mini.models import keep_freed_memory
+keep_freed_memory() if sys.argv[1] == "keep" else None
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    kept, given_back = (int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True,
+                                           check=True).stdout) for how in ("keep", "default"))
+    assert kept < 100 < 10_000 < given_back  # 64 MiB are 16,384 pages

@@ -22,7 +22,7 @@ from .callbacks import Progress, StopCallback, TensorBoard, TrustRegionCallback
 from .changes import read_changes, region_at
 from .checkpoint import read_seal, restore_policy, save_policy, start_hash, weight_hash, write_seal
 from .logprobs import CompletionScorer, completion_logps
-from .models import compute_dtype, this_process
+from .models import compute_dtype, keep_freed_memory, this_process
 from .objective import StepSums, micro_batch_loss
 from .recipe import Recipe
 from .reference_cache import cached_logps
@@ -71,6 +71,8 @@ class AlignmentTrainer(Trainer):
             )
         if control is not None and self.args.world_size > 1:
             raise ValueError("A run that is steered while it trains needs one process: each would ask for itself.")
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
         self.sums = StepSums()
         self._last_row, self._clock = 0, time.perf_counter()
         self.progress = Progress()
