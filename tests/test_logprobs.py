@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+import weakref
+
 import pytest
 import torch
-from helpers import EOS, PAD, VOCAB, tiny_llama, tiny_neox, tiny_tokenizer
+from engine_helpers import (
+    BOTH,
+    assert_same_gradients,
+    build,
+    gradients_of,
+    packed,
+    random_groups,
+    sequences_of,
+    weighted,
+)
+from helpers import EOS, PAD, VOCAB, logps_by_hand, tiny_llama, tiny_neox, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_helpers import adapted
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tralign_mini.logprobs import CompletionScorer, completion_logps
+from tralign_mini import logprobs
+from tralign_mini.data import collate
+from tralign_mini.logprobs import CompletionScorer, completion_logps, plain_completion_logps
 
 BUILDERS = [tiny_neox, tiny_llama]
 MODELS = {build.__name__: build().requires_grad_(False) for build in BUILDERS}
@@ -175,6 +193,201 @@ def test_train_mode_and_dropout_are_left_alone():
     assert not torch.equal(completion_logps(model, batch), completion_logps(model, batch)) and model.training
     model.eval()
     assert torch.equal(completion_logps(model, batch), completion_logps(model, batch)) and not model.training
+
+
+# ------------------------------------------------------------ the projection, only where it counts, in chunks
+
+GROUPS = random_groups(6)
+WHOLE = collate(sequences_of(GROUPS), PAD)
+EITHER_WAY = pytest.mark.parametrize("batch", [WHOLE, packed(GROUPS)], ids=["whole", "packed"])
+ROUNDING = {"rtol": 3e-7, "atol": 1e-5}  # of float32: 1e-5, and the last bits of large sums
+COUNTED = sum(len(completion) for _, completion in sequences_of(GROUPS))
+FAMILIES = pytest.mark.parametrize("family", ["GPTNeoX", "Llama", "Gemma2", "GPT2", "OPT"])
+
+
+def in_chunks_of(monkeypatch, tokens):
+    monkeypatch.setattr(logprobs, "LOGIT_BYTES", 4 * VOCAB * tokens + 3)
+
+
+class Head:
+    """What a model's head has been called with since then, and returned."""
+
+    def __init__(self, model):
+        completion_logps(model, make_batch(SEQUENCES))  # whether one projection is all, is asked once
+        self.inputs, self.shapes = [], []
+        model.get_output_embeddings().register_forward_hook(self.seen)
+
+    def seen(self, module, args, output):
+        self.inputs.append(args[0].detach().clone())
+        self.shapes.append(tuple(output.shape))
+
+
+@pytest.mark.parametrize(("family", "attention"), BOTH, ids=["-".join(one) for one in BOTH])
+def test_whole_sequences_equal_the_plain_way_in_value_and_gradient(family, attention):
+    model = build(family, attn_implementation=attention)
+    found, plain = completion_logps(model, WHOLE), plain_completion_logps(model, WHOLE)
+    torch.testing.assert_close(found, plain, **ROUNDING)
+    torch.testing.assert_close(found.double(), logps_by_hand(model, sequences_of(GROUPS)), **ROUNDING)
+    assert_same_gradients(gradients_of(model, weighted(found)), gradients_of(model, weighted(plain)))
+
+
+@EITHER_WAY
+@FAMILIES
+def test_the_head_sees_the_positions_that_predict_a_counted_token_and_no_other(family, batch):
+    model = build(family)
+    inputs = {name: WHOLE[name] for name in ("input_ids", "attention_mask")}
+    hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    predicts = torch.zeros_like(WHOLE["completion_mask"])
+    predicts[:, :-1] = WHOLE["completion_mask"][:, 1:]
+    head = Head(model)
+    completion_logps(model, batch)
+    [seen] = head.inputs
+    assert head.shapes == [(COUNTED, VOCAB)]
+    torch.testing.assert_close(seen, hidden[predicts], rtol=0, atol=2e-5)
+
+
+@EITHER_WAY
+@FAMILIES
+@pytest.mark.parametrize("tokens", [1, 7, COUNTED - 1])
+def test_chunks_change_nothing_and_are_computed_again_for_the_gradient(family, batch, tokens, monkeypatch):
+    model = build(family)
+    whole = completion_logps(model, batch)
+    expected = gradients_of(model, weighted(whole))
+    head = Head(model)
+    in_chunks_of(monkeypatch, tokens)
+    found = completion_logps(model, batch)
+    sizes = [tokens] * (COUNTED // tokens) + [COUNTED % tokens] * (COUNTED % tokens > 0)
+    assert head.shapes == [(size, VOCAB) for size in sizes] and len(sizes) == math.ceil(COUNTED / tokens) > 1
+    torch.testing.assert_close(found, whole, **ROUNDING)
+    assert_same_gradients(gradients_of(model, weighted(found)), expected)
+    assert sorted(head.shapes) == sorted(2 * [(size, VOCAB) for size in sizes])
+    with torch.no_grad():
+        torch.testing.assert_close(completion_logps(model, batch), whole, **ROUNDING)
+    assert len(head.shapes) == 3 * len(sizes)
+
+
+def test_within_the_budget_nothing_is_computed_twice(monkeypatch):
+    model = build("Llama")
+    head = Head(model)
+    in_chunks_of(monkeypatch, COUNTED)
+    weighted(completion_logps(model, packed(GROUPS))).backward()
+    assert head.shapes == [(COUNTED, VOCAB)]
+
+
+class Alive(TorchDispatchMode):
+    """How many rows over the vocabulary exist at the same time, at most, without the head's 24 of weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors, self.most = [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        found = [x for x in (output if isinstance(output, (tuple, list)) else [output]) if torch.is_tensor(x)]
+        logits = [x for x in found if x.ndim == 2 and x.shape[1] == VOCAB and len(x) != 24]
+        self.tensors += map(weakref.ref, logits)
+        alive = {x.data_ptr(): x.numel() // VOCAB for x in (ref() for ref in self.tensors) if x is not None}
+        self.most = max(self.most, sum(alive.values()))
+        return output
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_no_more_than_a_chunk_of_logits_is_ever_alive(family, monkeypatch):
+    """In both passes: the logits, their log-softmax and their gradients, for the chunk in hand alone."""
+    groups = random_groups(24)
+    model = build(family, hidden_size=24, num_attention_heads=2, intermediate_size=40)
+    most = []
+    for tokens, count in ((4, 12), (4, 24), (10**6, 24)):
+        in_chunks_of(monkeypatch, tokens)
+        completion_logps(model, packed(groups[:count], 30))
+        with Alive() as alive:
+            weighted(completion_logps(model, packed(groups[:count], 30))).backward()
+        most.append(alive.most)
+    assert most[0] == most[1] <= 4 * 4  # three copies of four rows, one more for a softcap
+    assert most[2] > 500  # and of 236 without chunks
+
+
+@EITHER_WAY
+@pytest.mark.parametrize(("family", "config"), [
+    ("Cohere", {"num_key_value_heads": 2, "logit_scale": 0.3}),
+    ("Granite", {"num_key_value_heads": 2, "logits_scaling": 3.0}),
+])
+def test_a_model_that_does_more_to_its_logits_warns_once_and_is_right(family, config, batch):
+    model = build(family, **config)
+    message = f"{family}ForCausalLM does more to its logits than one projection"
+    with pytest.warns(UserWarning, match=message) as seen:
+        found = completion_logps(model, batch)
+        completion_logps(model, batch)
+    assert len(seen) == 1
+    plain = plain_completion_logps(model, WHOLE)
+    torch.testing.assert_close(found, plain, **ROUNDING)
+    assert_same_gradients(gradients_of(model, weighted(found)), gradients_of(model, weighted(plain)))
+    torch.testing.assert_close(found.double(), logps_by_hand(model, sequences_of(GROUPS)), **ROUNDING)
+
+
+@FAMILIES
+def test_a_model_whose_logits_are_one_projection_gives_no_warning(family):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        completion_logps(build(family), WHOLE)
+
+
+def changing_logits(model, change):
+    """A model that does something else to its logits, as far as anyone outside can see."""
+    def hook(module, args, output):
+        output.logits = change(output.logits)
+        return output
+
+    model.register_forward_hook(hook)
+
+
+def test_all_logits_of_a_softcap_that_is_not_gemmas_are_taken_from_the_model():
+    model = build("Llama")
+    model.lm_head.register_forward_hook(lambda module, args, output: 3 * torch.tanh(output / 3))
+    found = completion_logps(model, WHOLE)  # the head's own business: what comes out of it are the logits
+    torch.testing.assert_close(found, plain_completion_logps(model, WHOLE), **ROUNDING)
+    other = build("Llama")
+    changing_logits(other, lambda logits: 3 * torch.tanh(logits / 3))
+    with pytest.warns(UserWarning, match="more to its logits"):
+        found = completion_logps(other, WHOLE)
+    torch.testing.assert_close(found, plain_completion_logps(other, WHOLE), **ROUNDING)
+
+
+@FAMILIES
+def test_a_resized_vocabulary_is_noticed(family):
+    model = build(family)
+    completion_logps(model, WHOLE)
+    before = model.get_output_embeddings()
+    model.resize_token_embeddings(VOCAB + 16, mean_resizing=False)
+    assert model.get_output_embeddings() is not before
+    groups = [([3, 70, 5], [[VOCAB + 15, 6], [VOCAB]]), *GROUPS]
+    whole = collate(sequences_of(groups), PAD)
+    plain = plain_completion_logps(model, whole)
+    for batch in (whole, packed(groups)):
+        torch.testing.assert_close(completion_logps(model, batch), plain, **ROUNDING)
+
+
+def test_a_replaced_head_is_noticed():
+    class Scaled(torch.nn.Linear):
+        """A head that the model treats in a way of its own."""
+
+    model = build("Llama")
+    completion_logps(model, WHOLE)
+    model.set_output_embeddings(Scaled(32, VOCAB, bias=False))
+    changing_logits(model, lambda logits: logits / 2)
+    with pytest.warns(UserWarning, match="more to its logits"):
+        found = completion_logps(model, WHOLE)
+    torch.testing.assert_close(found, plain_completion_logps(model, WHOLE), **ROUNDING)
+
+
+def test_asking_what_the_head_does_draws_no_random_numbers():
+    """It happens at a run's first batch, and again where the run is resumed."""
+    policy = adapted(tiny_llama(), lora_dropout=0.5).train()
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        found.append(completion_logps(policy, WHOLE))
+    assert torch.equal(*found)
 
 
 # ----------------------------------------------------------------------------------------- CompletionScorer
