@@ -13,16 +13,16 @@ PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest --durations=10 -n auto --m
 demo: .venv/.ready
 	.venv/bin/tralign demo
 
-test: .venv/.ready
+test: .venv/.ready-dev
 	$(PYTEST)
 
-test-long: .venv/.ready
+test-long: .venv/.ready-dev
 	$(PYTEST) -m long
 
 lab: .venv/.ready-lab
 	.venv/bin/jupyter lab notebooks
 
-bench: .venv/.ready
+bench: .venv/.ready-dev
 	.venv/bin/python -m benchmarks.against_trl
 
 clean:
@@ -47,7 +47,11 @@ clean:
 
 .venv/.ready: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "installing into .venv (a minute or more, the first time)"
-	$(PIP) install --quiet -c constraints.txt -e '.[dev,quant]'
+	$(PIP) install --quiet -c constraints.txt -e '.[quant]'
+	@touch $@
+
+.venv/.ready-dev: .venv/.ready
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,quant,notebooks]'
 	@touch $@
 
 .venv/.ready-lab: .venv/.ready

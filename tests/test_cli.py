@@ -140,6 +140,11 @@ BAD = [
     (["evaluate", "{place}/run", "--prompts", "0"], ["eval_prompts=0"]),
     (["compare", "{place}/run", "{place}/none"], ["none"]),
     (["chat", "{place}"], ["no whole checkpoint"]),
+    # memory
+    (["doctor", "tau=3"], ["tau=3 is a setting, of which recipe", "--recipe RECIPE tau=3"]),
+    (["doctor", "--recipe", "little-tdlr"], ["little-tdlr", "did you mean 'little-tldr'"]),
+    (["doctor", "--recipe", "R", "tau"], ["not key=value"]),
+    (["doctor", "--recipe", "R", "model={place}/none"], ["none has no config", "save_pretrained"]),
 ]
 NAMES = [" ".join(arguments).replace("{place}/", "") for arguments, _ in BAD]
 
@@ -249,6 +254,24 @@ def test_doctor_names_versions_device_and_what_would_fail(monkeypatch, capsys):
     assert "tuning=qlora needs bitsandbytes" in out
     if not torch.cuda.is_available():
         assert "float32" in out and "no GPU" in out
+
+
+def test_doctor_says_whether_a_recipe_fits(place, monkeypatch, capsys):
+    from tralign_mini import memory
+
+    arguments = ["doctor", "--recipe", place / "recipe.yaml", "tuning=lora", "reference=soft"]
+    code, out, _ = tralign(monkeypatch, capsys, *arguments)
+    assert code == 0 and "it fits" in out and "barely" not in out
+    for part in ("weights, frozen", "reference", "free on this device", "training step", "8 rows at once"):
+        assert part in out
+    peak = int(re.search(r"peak +(\d+) MiB", out).group(1)) * 2**20
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1.05 * peak)
+    code, out, _ = tralign(monkeypatch, capsys, *arguments)
+    assert code == 0 and "it fits, but barely" in out
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**20)
+    code, out, _ = tralign(monkeypatch, capsys, *arguments)
+    assert code == 1 and "it does not fit" in out and "Nothing of this is enough" in out
+    assert re.search(r"\d+ MiB  micro_batch_size=1\b", out)
 
 
 def test_help_names_every_command(monkeypatch, capsys):

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-MODULE_OF = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml"}
+MODULE_OF = {"huggingface-hub": "huggingface_hub", "pyyaml": "yaml", "pillow": "PIL", "ipython": "IPython"}
 
 # Python runs this file at each start: any look-up or connection to another machine is an error.
 REFUSE_NETWORK = """

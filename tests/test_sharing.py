@@ -165,6 +165,18 @@ def test_in_bfloat16(base, attention, how):
     assert (shared - exact).abs().max() < 2 * (plain - exact).abs().max() + 0.05
 
 
+@pytest.mark.parametrize("family", ["GPTNeoX", "Llama", "OPT"])
+def test_the_rounding_of_bfloat16_refuses_no_model(family):
+    """Also where other batches of whole sequences happen to round alike: short completions, long prompts."""
+    model = build(family)
+    for stored in (False, True):
+        for seed, (prompt, completion) in enumerate([((1, 12), (1, 9)), ((5, 40), (5, 30)), ((30, 60), (1, 3))]):
+            groups = random_groups(8, prompt=prompt, completion=completion, seed=seed)
+            with torch.autocast("cpu", torch.bfloat16, enabled=not stored):
+                assert row_limit(model, groups, 0) == PACKED
+        model.bfloat16()
+
+
 # ---------------------------------------------------------------------------------------------- who sees whom
 
 GROUP = torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1, -1]])

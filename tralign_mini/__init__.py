@@ -30,11 +30,14 @@ _HOME = {
     "generate": ("sample",),
     "comparison": ("compare",),
 }
+_MODULES = ("exercises", "memory", "toy", "widgets")  # tr.widgets.loss_explorer() and the like
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-__all__ = ["__version__", *_MODULE_OF]
+__all__ = ["__version__", *_MODULES, *_MODULE_OF]
 
 
 def __getattr__(name: str):
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

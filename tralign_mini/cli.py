@@ -1,7 +1,6 @@
 """The command line: `tralign demo | train | evaluate | compare | chat | doctor`.
 
-Every error is one message and exit code 2. Ctrl-C in a training run finishes the step, saves, and says
-how to go on.
+An error is one message and exit code 2. Ctrl-C while training finishes the step, saves, says how to go on.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -22,56 +22,55 @@ console = Console()
 SETTINGS = ("method", "beta", "seed", "steps")
 RESULTS = ("gold", "win rate", "KL to initial")
 RESULTS_WITHOUT_GOLD = ("KL to initial", "Self-BLEU", "words")
-EXPECTED = (
-    ValueError,
-    OSError,
-    FloatingPointError,
-    ImportError,
-)  # what a wrong argument or a lack of memory raises
+EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)  # what a wrong argument raises
+Runs = Annotated[list[Path], typer.Argument(help="directories of runs")]
 
 
 def main() -> None:
     """Entry point of the `tralign` command."""
     try:
         app()
-    except EXPECTED as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
-        sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
         sys.exit(130)
+    except Exception as error:
+        message = str(error)
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in message:  # torch's
+            message = f"out of memory: lower micro_batch_size, or set gradient_checkpointing=true. {message}"
+        elif not isinstance(error, EXPECTED):
+            raise
+        Console(stderr=True).print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True)
+        sys.exit(2)
 
 
 def _plain(text: str) -> str:
     return text.replace("[", r"\[")  # rich would read [brackets] as a style
 
 
+def _say(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)  # a path stays in one piece, to be copied
+
+
 @app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="folder for the four runs and the comparison")] = Path(
-        "runs/demo"
-    ),
-) -> None:
+def demo(output: Annotated[Path, typer.Option(help="folder for the three runs")] = Path("runs/demo")) -> None:
     """SFT against DPO, TR-DPO soft and TR-DPO hard on little-tldr: a table and figures in a few minutes."""
     from .demo import run_demo
 
-    comparison = run_demo(output, say=console.print)
+    comparison = run_demo(output, say=_say)
     page = comparison.save(output)
     _show(comparison)
-    console.print(f"figures and sample texts: {page}")
+    _say(f"figures and sample texts: {page}")
 
 
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="a shipped recipe, a YAML file, or a run's directory")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(help="key=value, for example alpha=0.6 tau=16")
-    ] = None,
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value, such as tau=16")] = None,
 ) -> None:
     """Train one policy; the reference, the data and everything else come from the recipe."""
     from .recipe import parse_overrides
 
-    overrides = parse_overrides(settings or [])
+    overrides = parse_overrides(settings or [])  # a typing error is refused before torch is loaded
     from .runs import train as train_run
 
     stop = threading.Event()
@@ -80,32 +79,30 @@ def train(
     if run is None:  # not the main process
         return
     if stop.is_set() and not (run.directory / "report.md").exists():
-        console.print(f"stopped; go on with: tralign train {run.directory} resume=true")
+        _say(f"stopped; go on with: tralign train {run.directory} resume=true")
         raise typer.Exit(130)
-    console.print(f"report: {run.directory / 'report.md'}")
+    _say(f"report: {run.directory / 'report.md'}")
 
 
-class _stopping:
+@contextmanager
+def _stopping(stop: threading.Event):
     """The first Ctrl-C asks the run to stop after its step, the second one is the usual interruption."""
 
-    def __init__(self, stop: threading.Event):
-        self.stop = stop
-
-    def __enter__(self):
-        self.usual = signal.signal(signal.SIGINT, self.ask)
-
-    def ask(self, number, frame):
-        self.stop.set()
-        signal.signal(signal.SIGINT, self.usual)
+    def ask(number, frame):
+        stop.set()
+        signal.signal(signal.SIGINT, usual)
         Console(stderr=True).print("\nstopping after this step, with a checkpoint (Ctrl-C again: at once)")
 
-    def __exit__(self, *exception):
-        signal.signal(signal.SIGINT, self.usual)
+    usual = signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 @app.command()
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(help="directories of runs")],
+    runs: Runs,
     prompts: Annotated[int | None, typer.Option(help="held-out prompts; default: as in the recipe")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of the samples; default: the run's")] = None,
 ) -> None:
@@ -114,30 +111,26 @@ def evaluate(
     from .evaluate import evaluate as evaluate_run
 
     for run in runs:
-        console.print(f"report: {evaluate_run(run, prompts=prompts, seed=seed)}")
+        _say(f"report: {evaluate_run(run, prompts=prompts, seed=seed)}")
     _show(compare_runs(runs))
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="directories of runs")],
-    output: Annotated[Path, typer.Option(help="folder for comparison.md and its figures")] = Path(
-        "runs/comparison"
-    ),
+    runs: Runs,
+    output: Annotated[Path, typer.Option(help="folder for page and figures")] = Path("runs/comparison"),
 ) -> None:
     """One table and the figures of several runs, from their directories alone."""
     from .comparison import compare as compare_runs
 
     comparison = compare_runs(runs)
     _show(comparison)
-    console.print(f"figures: {comparison.save(output)}")
+    _say(f"figures: {comparison.save(output)}")
 
 
 @app.command()
-def chat(
-    run: Annotated[Path, typer.Argument(help="directory of a run")],
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 1.0,
-) -> None:
+def chat(run: Annotated[Path, typer.Argument(help="directory of a run")],
+         temperature: Annotated[float, typer.Option(help="0 is greedy")] = 1.0) -> None:
     """Type a prompt; the initial policy, the trained policy and its reference answer side by side."""
     from .chat import converse
 
@@ -145,8 +138,19 @@ def chat(
 
 
 @app.command()
-def doctor() -> None:
-    """What is installed, which device and precision a run would use, and what would fail."""
+def doctor(
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value, settings of the recipe")] = None,
+    recipe: Annotated[str | None, typer.Option(help="predict this recipe's peak memory instead")] = None,
+) -> None:
+    """What is installed, which device and precision a run would use, and what would fail.
+
+    With --recipe: the memory that the run will need, and whether it fits. Exit code 1 if it does not, so that
+    nothing is begun by: tralign doctor --recipe R && tralign train R
+    """
+    if recipe:
+        return _will_it_fit(recipe, settings or [])
+    if settings:
+        raise ValueError(f"{settings[0]} is a setting, of which recipe? Say --recipe RECIPE {settings[0]}")
     from .doctor import examine
 
     findings = examine()
@@ -156,6 +160,45 @@ def doctor() -> None:
         console.print(f"[yellow]would fail[/]      {_plain(problem)}", soft_wrap=True)
     if not findings.problems:
         console.print("[green]nothing that would fail[/]")
+
+
+def _will_it_fit(name: str, settings: list[str]) -> None:
+    from .recipe import Recipe, parse_overrides
+
+    recipe = Recipe.load(name, **parse_overrides(settings))  # refused before torch is loaded
+    from .memory import predict, smaller
+
+    prediction = predict(recipe)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0))
+    table.add_column(f"at the peak: {prediction.moment}")
+    table.add_column("memory", justify="right")
+    for part, size in sorted(prediction.parts.items(), key=lambda item: -item[1]):
+        if size >= 2**19:  # half of the last digit
+            table.add_row(part, _bytes(size))
+    table.add_section()
+    table.add_row("peak", _bytes(prediction.total))
+    table.add_row("free on this device", _bytes(prediction.free))
+    console.print(table)
+    peaks = {moment: _bytes(sum(parts.values())) for moment, parts in prediction.moments.items()}
+    _say("all moments: " + ", ".join(f"{moment} {peak}" for moment, peak in peaks.items()))
+    _say(f"{recipe.micro_batch_size or recipe.batch_size} rows at once, each as long as the recipe allows: "
+         f"prompts of {recipe.max_prompt_tokens} and completions of {recipe.max_completion_tokens} tokens")
+    if prediction.fits:
+        console.print("[green]it fits[/]" if prediction.needed < 0.85 * prediction.free else
+                      "[yellow]it fits, but barely[/]: a prediction is good to 15 %")
+        return
+    console.print("[red]it does not fit[/]. With these settings it needs:")
+    trial = prediction
+    for changes, trial in smaller(recipe, prediction):
+        words = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
+        _say(f"  {_bytes(trial.needed):>9}  {words}" + "  (fits)" * trial.fits)
+    if not trial.fits:
+        _say("Nothing of this is enough: take a smaller model, or another device.")
+    raise typer.Exit(1)
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def _show(comparison) -> None:
@@ -183,12 +226,8 @@ def _show(comparison) -> None:
 
 def _reference(run: dict) -> str:
     """`soft 0.6 every 16`, `hard every 32`, `fixed`, or nothing for the initial policy."""
-    parts = [run["reference"]] if isinstance(run["reference"], str) else []
-    if parts == ["soft"]:
-        parts.append(f"{run['alpha']:g}")
-    if parts and parts[0] in ("soft", "hard"):
-        parts.append(f"every {run['tau']:g}")
-    return " ".join(parts)
+    moving = {"soft": "soft {alpha:g} every {tau:g}", "hard": "hard every {tau:g}"}
+    return moving.get(run["reference"], run["reference"]).format(**run)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import NamedTuple
 
+import psutil
+
 NEEDED = ("torch", "transformers", "peft", "datasets", "accelerate")
 OPTIONAL = {
     "bitsandbytes": "tuning=qlora",
@@ -86,8 +88,5 @@ def _version(package: str) -> str | None:
 
 
 def _memory() -> str:
-    try:
-        page, pages, free = map(os.sysconf, ("SC_PAGE_SIZE", "SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
-    except (ValueError, OSError, AttributeError):  # macOS has no SC_AVPHYS_PAGES, Windows no sysconf
-        return "unknown"
-    return f"{page * free / 2**30:.1f} of {page * pages / 2**30:.1f} GiB free"
+    memory = psutil.virtual_memory()
+    return f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"

@@ -1,0 +1,276 @@
+"""A run without numbers: its tensors have a shape and a dtype, nothing else, and a ledger counts their bytes.
+
+The recipe's model is built from its config alone (torch's FakeTensorMode), and the engine itself takes an
+optimizer step with it. So what autograd keeps of a layer, what checkpointing drops and what autocast copies
+follow from the code that will run, whatever the architecture, and not from a formula beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.pytorch_utils import Conv1D
+
+from . import logprobs
+from .adapters import INITIAL, switched
+from .batches import StepStream, collate_rows, group_of
+from .models import compute_dtype, is_adapter, model_path
+from .packing import group_length
+from .plan import WITHOUT_REFERENCE
+from .recipe import Recipe
+from .reference import REFERENCE
+from .sharing import PACKED, WINDOWS, _depends_on_the_row
+
+CPU = torch.device("cpu")  # whatever the run's device is: shapes and dtypes are the same there
+ADAM = 8  # bytes for each trained weight: two moments in float32
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, a byte for 64 codes, a float for 256 bytes (arXiv 2305.14314)
+SAMPLED_AT_ONCE = 64  # sequences: the default of generate.sample
+# Measured on CPU. Framework: threads, workspaces of kernels, Trainer; 57 to 63 MiB. Holes: what is freed is
+# kept (models.keep_freed_memory), and the next tensors do not quite fill it; 0.5 to 1.1 of what comes and
+# goes in the first steps, and slowly more as lengths vary
+FRAMEWORK, HOLES = 60 * 2**20, 0.8
+MAPPED = "file, mapped"  # pages of the model's file that the system takes back when it is short of memory
+
+
+class Ledger(TorchDispatchMode):
+    """The bytes that are alive, by label, now and at the peak. A storage counts once, however many view it.
+
+    holes: what is lost beside each tensor that comes and goes, as a share of its bytes.
+    """
+
+    def __init__(self, holes: float = 0.0):
+        super().__init__()
+        self.label, self.holes = "", holes
+        self.now, self.peak = Counter(), Counter()
+        self._entries: dict[int, Counter] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._entries:
+                size = tensor.untyped_storage().nbytes()
+                self.enter(tensor, {self.label: size, "holes": self.holes * size})
+        return out
+
+    def enter(self, tensor: torch.Tensor, entry: dict[str, float]) -> None:
+        """Count this by label until the tensor's memory is freed, instead of what it counted for so far."""
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._entries:
+            self.now.subtract(self._entries[storage._cdata])
+        else:
+            weakref.finalize(storage, lambda key: self.now.subtract(self._entries.pop(key)), storage._cdata)
+        self._entries[storage._cdata] = Counter(entry)
+        self.add(entry)
+
+    def add(self, entry: dict[str, float]) -> None:
+        """Count this from now on."""
+        self.now.update(entry)
+        if self.now.total() > self.peak.total():
+            self.peak = self.now.copy()
+
+
+class Rehearsal:
+    """The run of a recipe without numbers. `moments`, after `run`: {part: bytes} at the peak of each moment.
+
+    on_cpu: count what a CPU's memory holds beside tensors, too. ValueError if the model has no config here.
+    """
+
+    def __init__(self, recipe: Recipe, *, on_cpu: bool = False):
+        self.recipe, self.mode = recipe, FakeTensorMode()
+        self.ledger = Ledger(HOLES if on_cpu else 0.0)
+        self.ledger.add({"framework": FRAMEWORK if on_cpu else 0})
+        self.micro = recipe.micro_batch_size or recipe.batch_size
+        self.moments: dict[str, dict[str, float]] = {}
+        self.policy, self.reference = _policy(recipe), None
+        self.config = self.policy.config.get_text_config()
+        if recipe.tuning == "full" and recipe.method not in WITHOUT_REFERENCE:
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
+        for model in filter(None, (self.policy, self.reference)):
+            self._fake(model)
+            logprobs._KNOWN[model] = model.get_output_embeddings(), True  # found out by numbers otherwise
+        self._enter_weights(on_cpu)
+
+    def run(self, batch: dict[str, torch.Tensor], longest: int) -> None:
+        """Each moment in which memory could be short, with what `largest_batch` returns."""
+        counted = int(batch["counted" if "counted" in batch else "completion_mask"].sum())
+        batch = {name: self.mode.from_tensor(tensor) for name, tensor in batch.items()}
+        with self.mode:
+            if self.recipe.method != "sft":
+                with self._moment("check of shared prompts"), torch.no_grad(), self.autocast():
+                    tokens = torch.ones(2, longest, dtype=torch.long)  # logprobs.plain_completion_logps
+                    self.policy(tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+            trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
+            self.ledger.add({"optimizer": ADAM * trained})
+            with self._moment("training step"):
+                for _ in range(1 if self.micro == self.recipe.batch_size else 2):
+                    self._micro_batch(batch, counted)  # the second one begins with gradients
+                self.policy.zero_grad()
+            with self._moment("sampling for evaluation"), torch.no_grad(), self.autocast():
+                self._sample()
+
+    def _micro_batch(self, batch: dict, counted: int) -> None:
+        """AlignmentTrainer.compute_loss, and the backward pass after it."""
+        self.ledger.label = "activations"
+        with self.autocast():
+            loss = self._logps(self.policy, batch, counted).sum()
+        self.ledger.label = "temporary"
+        with self.autocast(), torch.no_grad():
+            if self.reference is not None:
+                self._logps(self.reference, batch, counted)
+            elif self.recipe.method not in WITHOUT_REFERENCE:
+                with switched(self.policy, REFERENCE):
+                    self._logps(self.policy, batch, counted)
+        loss.backward()
+
+    def _logps(self, model: nn.Module, batch: dict, counted: int) -> torch.Tensor:
+        """logprobs.completion_logps, but for the choice of places by a mask, which depends on numbers."""
+        names = ("input_ids", "position_ids", "attention_mask")
+        inputs = {name: batch[name] for name in names if name in batch}
+        if "group" in batch:
+            inputs["attention_mask"] = logprobs.shared_prompt_mask(model, batch["group"], batch["branch"])
+        return logprobs._token_logps(model, inputs, *torch.zeros(2, counted, dtype=torch.long))
+
+    def _sample(self) -> None:
+        """generate.sample of the longest answers to the longest prompts, at the first and the last token."""
+        recipe, ledger = self.recipe, self.ledger
+        if recipe.tuning == "full":  # evaluate.initial_policy loads it; when the run ends it samples, too
+            ledger.add({"initial policy": sum(p.nbytes for p in self.policy.parameters())})
+        model = self.policy if recipe.tuning == "full" else self.policy.get_base_model()
+        model.eval()
+        prompt, answer = recipe.max_prompt_tokens, recipe.max_completion_tokens
+        tokens = torch.ones(min(SAMPLED_AT_ONCE, recipe.eval_prompts), prompt + answer, dtype=torch.long)
+        first = {"attention_mask": tokens[:, :prompt], "use_cache": True, "logits_to_keep": 1}
+        cache = model(tokens[:, :prompt], **first).get("past_key_values")
+        if not isinstance(cache, DynamicCache):  # a state that does not grow
+            return
+        known = {index: (layer.keys.shape, layer.values.shape, layer.keys.dtype)
+                 for index, layer in enumerate(cache.layers) if layer.is_initialized}
+        cache, ledger.label = DynamicCache(config=model.config), "keys and values"
+        for index, (*shapes, dtype) in known.items():
+            shapes = [(*shape[:-2], prompt + answer - 1, shape[-1]) for shape in shapes]
+            cache.update(*(torch.empty(shape, dtype=dtype) for shape in shapes), index)
+        ledger.label = "temporary"
+        last = model(tokens[:, -1:], attention_mask=tokens, past_key_values=cache, use_cache=True).logits
+        torch.multinomial(last[:, -1].float().softmax(-1), 1)
+
+    def largest_batch(self, rows: list[dict] | None = None) -> tuple[dict[str, torch.Tensor], int]:
+        """The largest micro-batch of these rows, or of any, and the length of the longest sequence."""
+        recipe = self.recipe
+        if rows is None:
+            answers = {"sft": ["completion_ids"], "kto": ["completion_ids", "mismatched_ids"]}
+            answers = answers.get(recipe.method, ["chosen_ids", "rejected_ids"])
+            row = {"prompt_ids": [0] * recipe.max_prompt_tokens, "label": True}
+            rows = [row | dict.fromkeys(answers, [0] * recipe.max_completion_tokens)] * self.micro
+        else:
+            stream = StepStream(rows, recipe, recipe.plan(len(rows)).steps)
+            rows = [stream[i] for i in range(len(stream))]
+        groups = [group_of(row) for row in rows]
+        longest = max(map(group_length, groups))
+        windows = [size for name in WINDOWS if (size := getattr(self.config, name, None))]
+        whole = (recipe.method == "kto" and self.micro < recipe.batch_size  # AlignmentTrainer.one_pass
+                 or _depends_on_the_row(self.policy, self.config) or longest > min(windows, default=longest))
+        options = {"hidden_size": self.config.hidden_size, "limit": 0 if whole else max(PACKED, longest)}
+        batches = [collate_rows(rows[i : i + self.micro], recipe.method, 0, **options)["sequences"]
+                   for i in range(0, len(rows), self.micro)]
+        longest = max(len(prompt) + max(map(len, answers)) for prompt, answers in groups)
+        return max(batches, key=lambda batch: batch["input_ids"].numel()), longest
+
+    def _enter_weights(self, on_cpu: bool) -> None:
+        """What is there all the time; gradients and logits get their labels when they come."""
+        ledger, head, dtype = self.ledger, self.policy.get_output_embeddings(), compute_dtype(self.recipe)
+        coded = {module.weight for name, module in self.policy.named_modules()
+                 if self.recipe.tuning == "qlora" and isinstance(module, (nn.Linear, Conv1D))
+                 and module is not head and ".lora_" not in name}  # bitsandbytes leaves the head as it is
+        if coded:  # one layer at a time is decoded
+            ledger.add({"temporary": dtype.itemsize * max(weight.numel() for weight in coded)})
+        if coded and on_cpu and self.config.dtype == dtype:  # the weights beside them are used where they are
+            ledger.add({MAPPED: dtype.itemsize * sum(weight.numel() for weight in coded)})
+        for name, tensor in [*self.policy.named_parameters(), *self.policy.named_buffers()]:
+            beside = f".{REFERENCE}." in name or f".{INITIAL}." in name
+            frozen = "reference" if beside else "weights, frozen"
+            entry = {"weights, trained" if tensor.requires_grad else frozen: tensor.nbytes}
+            ledger.enter(tensor, {"weights, 4-bit": NF4 * tensor.numel()} if tensor in coded else entry)
+            if tensor.requires_grad:
+                tensor.register_post_accumulate_grad_hook(
+                    lambda weight: ledger.enter(weight.grad, {"gradients": weight.nbytes}))
+        if self.reference is not None:
+            for tensor in [*self.reference.parameters(), *self.reference.buffers()]:
+                ledger.enter(tensor, {"reference": tensor.nbytes})
+
+        def at_the_head(module, args):
+            ledger.label = "logits" if ledger.label == "activations" else ledger.label
+
+        head.register_forward_pre_hook(at_the_head)
+
+    def _fake(self, model: nn.Module) -> None:
+        """Move a model from `meta` to a CPU without numbers, which `Module.to` refuses to do."""
+        moved = {None: None}  # tied weights stay tied
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, old in tensors.items():
+                    if old not in moved:
+                        moved[old] = FakeTensor(self.mode, old.detach().to("meta"), CPU)
+                        if isinstance(old, nn.Parameter):
+                            moved[old] = nn.Parameter(moved[old], old.requires_grad)
+                    tensors[name] = moved[old]
+
+    @contextmanager
+    def _moment(self, name: str) -> Iterator[None]:
+        """Count what happens inside, and keep the peak under this name."""
+        self.ledger.label, self.ledger.peak = "temporary", self.ledger.now.copy()
+        with self.ledger:
+            yield
+        self.moments[name] = {label: size for label, size in self.ledger.peak.items() if size > 0}
+
+    def autocast(self):
+        return torch.autocast("cpu", torch.bfloat16, enabled=compute_dtype(self.recipe) is torch.bfloat16)
+
+
+def _policy(recipe: Recipe) -> nn.Module:
+    """models.load_policy on the `meta` device, with the adapters that will stand beside the policy's."""
+    full, lora, base = recipe.tuning == "full", None, recipe.model
+    try:
+        if is_adapter(base):
+            lora = PeftConfig.from_pretrained(model_path(base))
+            lora.inference_mode, base = False, lora.base_model_name_or_path
+        config = AutoConfig.from_pretrained(model_path(base))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(f"model={base!r} has no config that could be read: {reason}. Give a folder made by "
+                         "save_pretrained, a Hub name, or an embedded world.") from error
+    if lora and full:
+        raise ValueError(f"model={recipe.model!r} is a PEFT adapter, and tuning=full trains whole weights: "
+                         "use tuning=lora or tuning=qlora.")
+    text = config.get_text_config()
+    for name in [name for name, value in vars(text).items() if "drop" in name and isinstance(value, float)]:
+        setattr(text, name, 0.0)  # as models.load_base: masks of dropout would be kept
+    with torch.device("meta"):
+        dtype = torch.float32 if full else compute_dtype(recipe)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if recipe.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        if full:
+            return model.train()
+        beside = {REFERENCE: recipe.reference_rank} if recipe.method not in WITHOUT_REFERENCE else {}
+        if lora:  # runs.load_reference: an adapter to go on from has a rank of its own
+            derived = beside and recipe.reference_rank == 4 * recipe.lora_rank
+            beside |= {INITIAL: lora.r} | ({REFERENCE: 4 * lora.r} if derived else {})
+        else:
+            lora = LoraConfig(r=recipe.lora_rank, lora_dropout=recipe.lora_dropout,
+                              target_modules="all-linear", task_type="CAUSAL_LM")
+        policy = get_peft_model(model.requires_grad_(False), lora)
+        for name, rank in beside.items():
+            same = {"target_modules": lora.target_modules, "inference_mode": True}
+            policy.add_adapter(name, LoraConfig(r=rank, **same))
+    return policy.train()
