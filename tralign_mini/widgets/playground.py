@@ -1,0 +1,168 @@
+"""`tr.widgets.playground(runs)`: one prompt, answered by the SFT model and by several runs, side by side.
+
+Below each answer stands its log-ratio, log policy - log SFT model in nats, under the policy of every run: how
+much more likely training has made this very answer.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import ipywidgets
+import numpy as np
+from matplotlib.figure import Figure
+
+from ..plot_style import COLORS, INK, PALE, shortened
+from ..record import prompt_text, read
+from .panel import CONTROL, WIDTH, Panel, Picture, number
+
+FIRST = "SFT"  # the name of the initial policy
+MOST_LINES, EXAMPLES = 12, 20
+LINE, LETTER = 0.2, 10.5 * 0.602 / 72  # inches from line to line, and of a letter
+MONO = {"family": "DejaVu Sans Mono", "fontsize": 10.5, "va": "top", "linespacing": 1.35}
+
+
+class Playground(Panel):
+    """Controls: example, prompt, checkpoints (name of a run -> its control), temperature, seed, button.
+
+    answers, to the last prompt: name -> {"text", "gold" (None: not known), "log_ratios": run -> nats}.
+    """
+
+    def __init__(self, runs: dict[str, Path]):
+        from ..checkpoint import checkpoints  # not at the top: these load transformers
+        from ..runs import Run
+
+        self.runs, self.answers = {name: Run(folder) for name, folder in runs.items()}, {}
+        self._policies = {}  # name of a run -> (checkpoint, policy)
+        models = sorted({run.recipe.model for run in self.runs.values()})
+        if len(models) > 1:
+            raise ValueError(f"These runs began from different models ({', '.join(models)}), so there is no "
+                             "one SFT model to compare them with. Give runs of one `model`.")
+        self.checkpoints = {}
+        for name, run in self.runs.items():
+            found = [(folder.name, folder) for folder in checkpoints(run.directory)]
+            if not found:
+                raise ValueError(f"{run.directory} has no whole checkpoint that could answer: train it.")
+            self.checkpoints[name] = ipywidgets.Dropdown(
+                options=found, value=found[-1][1], description=shortened(name), **CONTROL)
+        prompts = [prompt for run in self.runs.values() for prompt in read(run).column("prompt")[:EXAMPLES]]
+        texts = list(dict.fromkeys(map(prompt_text, prompts)))
+        self._chat = any(isinstance(prompt, list) for prompt in prompts)
+        options = [(f"{i}: {' '.join(text.split())[:90]}", text) for i, text in enumerate(texts, 1)]
+        self.example = ipywidgets.Dropdown(
+            options=options, description="held-out prompt", style=CONTROL["style"], layout={"width": "990px"})
+        self.prompt = ipywidgets.Textarea(self.example.value or "", rows=6, layout={"width": "990px"})
+        self.temperature = number("temperature", 1, 0, 1.5, 0.1, ".1f")
+        self.seed = number("sample", 0, 0, 20, 1)
+        self.button = ipywidgets.Button(description="Answer", icon="comment", button_style="primary")
+        self.bar = ipywidgets.IntProgress(max=len(runs) + 1, layout={"visibility": "hidden"})
+        menus = list(self.checkpoints.values())
+        rows = [[self.example], [self.prompt], menus, [self.temperature, self.seed], [self.button, self.bar]]
+        super().__init__(rows, [self.temperature, self.seed, *menus])
+        self.example.observe(self._take_example, "value")
+        self.button.on_click(lambda button: self._drawer.ask())
+
+    def picture(self) -> bytes:
+        self.bar.value, self.bar.layout.visibility = 0, "visible"
+        try:
+            self.answers = self.answer(self.prompt.value)
+        finally:
+            self.bar.layout.visibility = "hidden"
+        return self._draw_answers()
+
+    def answer(self, text: str) -> dict[str, dict]:
+        """The answers of all, with the seed and temperature of the controls."""
+        from ..evaluate import initial_policy, sequence_logps
+        from ..generate import sample
+        from ..worlds import WORLDS, gold_reward
+
+        if not text.strip():
+            raise ValueError("The prompt is empty: type one, or choose a held-out one.")
+        policies = {name: self._policy(name) for name in self.runs}
+        run = next(iter(self.runs.values()))
+        recipe, pad = run.recipe, run.tokenizer.pad_token_id
+        prompt = [{"role": "user", "content": text}] if self._chat else text
+        how = {"temperature": self.temperature.value, "seed": int(self.seed.value)}
+        how |= {key: getattr(recipe, key) for key in ("max_prompt_tokens", "max_completion_tokens")}
+        drawn = {name: sample(policy, run.tokenizer, [prompt], **how) for name, policy in policies.items()}
+        with initial_policy(next(iter(policies.values())), recipe) as initial:
+            drawn = {FIRST: sample(initial, run.tokenizer, [prompt], **how)} | drawn
+            sequences = [samples.sequences[0] for samples in drawn.values()]
+            before = sequence_logps(initial, sequences, pad)
+        after = {name: sequence_logps(policy, sequences, pad) for name, policy in policies.items()}
+        ratios = {name: (logps - before).tolist() for name, logps in after.items()}
+        answers = {}
+        for i, (name, samples) in enumerate(drawn.items()):
+            gold = gold_reward(recipe.data, [text], samples.texts)[0] if recipe.data in WORLDS else None
+            answers[name] = {"text": samples.texts[0].strip(), "gold": gold,
+                             "log_ratios": {run: ratios[run][i] for run in ratios}}
+        return answers
+
+    def _policy(self, name: str):
+        """The run's policy at the chosen checkpoint; one for each run is kept."""
+        from ..checkpoint import quietly, restore_policy
+        from ..models import load_policy
+
+        folder = self.checkpoints[name].value
+        if self._policies.get(name, (None,))[0] != folder:
+            with quietly():
+                policy = load_policy(self.runs[name].recipe)
+                restore_policy(policy, folder)
+            self._policies[name] = folder, policy.eval()
+        self.bar.value += 1
+        return self._policies[name][1]
+
+    def _take_example(self, change) -> None:
+        self.prompt.value = change["new"]
+        self._drawer.ask()
+
+    def _color(self, name: str) -> str:
+        return COLORS["initial" if name == FIRST else self.runs[name].recipe.reference]
+
+    def _draw_answers(self) -> bytes:
+        """A column for each answer: who, the text, its gold reward, and a bar for each of its log-ratios."""
+        answers, width = self.answers, 0.985 / len(self.answers)
+        texts = [textwrap.wrap(answer["text"] or "(nothing)", int(0.92 * width * WIDTH / LETTER),
+                               max_lines=MOST_LINES, placeholder=" …") for answer in answers.values()]
+        asked = textwrap.wrap(" ".join(self.prompt.value.split()), int(0.97 * WIDTH / LETTER), max_lines=2)
+        inches = [0, LINE * len(asked) + 0.12, 0.36, LINE * max(map(len, texts)) + 0.42]
+        tops = 0.12 + np.cumsum(inches)
+        height = tops[-1] + 0.28 * len(self.runs) + 0.12
+        prompt_at, name_at, text_at, bars_at = 1 - tops / height
+        figure = Figure(figsize=(WIDTH, height), facecolor="white")
+        figure.text(0.012, prompt_at, "\n".join(asked), color=PALE, **MONO)
+        ratios = [ratio for answer in answers.values() for ratio in answer["log_ratios"].values()]
+        reach = 1.6 * max(1, *map(abs, ratios))
+        for i, ((name, answer), lines) in enumerate(zip(answers.items(), texts)):
+            left, right = 0.012 + i * width, 0.012 + (i + 0.92) * width
+            look = {"fontsize": 13.5, "fontweight": "bold", "color": self._color(name), "va": "top"}
+            figure.text(left, name_at, shortened(name), **look)
+            gold = "" if answer["gold"] is None else f"gold {answer['gold']:.1f}".replace("-", "−")
+            figure.text(right, name_at, gold, fontsize=12, color=INK, va="top", ha="right")
+            figure.text(left, text_at, "\n".join(lines), color=INK, **MONO)
+            ax = figure.add_axes((left, 0.12 / height, right - left, bars_at - 0.12 / height))
+            ax.set_title("log-ratio to SFT (nats)", loc="left", fontsize=10.5, color=PALE)
+            for y, (run, ratio) in enumerate(answer["log_ratios"].items()):
+                side, other = ("left", "right") if ratio >= 0 else ("right", "left")
+                look = {"va": "center", "fontsize": 10, "color": INK}
+                ax.barh(y, ratio, color=self._color(run), height=0.72)
+                ax.text(0, y, f" {shortened(run)} ", ha=other, **look)
+                ax.text(ratio, y, f" {ratio:+.1f} ".replace("-", "−"), ha=side, **look)
+            ax.axvline(0, color="#AAAAAA", lw=1)
+            ax.set(xlim=(-reach, reach), ylim=(len(self.runs) - 0.5, -0.5), xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        return Picture(figure, []).png()
+
+
+def playground(runs) -> Playground:
+    """Type a prompt, and see what the SFT model and the policies of `runs` answer, with their log-ratios.
+
+    runs: a list of runs or directories, or a dict name -> run; with checkpoints, all begun from one model.
+    """
+    if not isinstance(runs, dict):
+        runs = [runs] if isinstance(runs, (str, Path)) or hasattr(runs, "directory") else runs
+        runs = {Path(getattr(run, "directory", run)).resolve().name: run for run in runs}
+    if not runs:
+        raise ValueError("There is no run to ask: give the directories of one or more.")
+    return Playground({name: Path(getattr(run, "directory", run)) for name, run in runs.items()})
