@@ -156,7 +156,7 @@ def realistic_rows(shape, count, seed=0):
 
 
 @pytest.mark.parametrize("hidden_size", [512, 2048])
-@pytest.mark.parametrize("micro", [4, 8, 16])
+@pytest.mark.parametrize("micro", [4, 8, 16, 32, 64])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_padding_stays_under_a_tenth_on_realistic_lengths(shape, micro, hidden_size):
     """Over an epoch of steps of 64 pairs, by length within a step, in micro-batches as in training."""

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tralign_mini.adapters import add_initial_adapter, guard_4bit, using_initial
+from tralign_mini.checkpoint import start_hash
 from tralign_mini.reference import AdapterReference, FrozenReference
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no 4-bit models here")
@@ -150,3 +151,16 @@ def test_the_guard_leaves_other_models_alone():
     attributes = [sorted(vars(module)) for module in model.modules()]
     guard_4bit(model)
     assert [sorted(vars(module)) for module in model.modules()] == attributes
+
+
+def test_the_hash_of_a_start_sees_the_scales_of_4bit_weights(tmp_path):
+    def start(folder, factor):
+        def make(*args, **settings):
+            model = tiny_llama(*args, **settings)
+            with torch.no_grad():
+                model.model.layers[0].self_attn.q_proj.weight.mul_(factor)  # the same codes, other scales
+            return model
+
+        return start_hash(four_bit(make, tmp_path / folder))
+
+    assert start("one", 1) == start("again", 1) != start("other", 2)

@@ -170,8 +170,8 @@ def test_the_rounding_of_bfloat16_refuses_no_model(family):
     """Also where other batches of whole sequences happen to round alike: short completions, long prompts."""
     model = build(family)
     for stored in (False, True):
-        for seed, (prompt, completion) in enumerate([((1, 12), (1, 9)), ((5, 40), (5, 30)), ((30, 60), (1, 3))]):
-            groups = random_groups(8, prompt=prompt, completion=completion, seed=seed)
+        for seed, (prompt, answer) in enumerate([((1, 12), (1, 9)), ((5, 40), (5, 30)), ((30, 60), (1, 3))]):
+            groups = random_groups(8, prompt=prompt, completion=answer, seed=seed)
             with torch.autocast("cpu", torch.bfloat16, enabled=not stored):
                 assert row_limit(model, groups, 0) == PACKED
         model.bfloat16()
@@ -220,11 +220,11 @@ def test_the_mask_for_eager_attention_has_the_models_dtype():
 # -------------------------------------------------------------------------------------- how long a row may be
 
 
-def test_rows_of_several_groups_grow_to_512_tokens_or_to_the_longest_group():
+def test_rows_of_several_groups_grow_to_1024_tokens_or_to_the_longest_group():
     model, short = model_of("Llama", "sdpa"), random_groups(4)
-    assert row_limit(model, short, 0) == PACKED == 512
-    longest = random_groups(1, prompt=(500, 500), completion=(30, 30))
-    assert row_limit(model, short + longest, 0) == 560
+    assert row_limit(model, short, 0) == PACKED == 1024
+    longest = random_groups(1, prompt=(1000, 1000), completion=(30, 30))
+    assert row_limit(model, short + longest, 0) == 1060
 
 
 @pytest.mark.parametrize("family", ["Mistral", "Gemma3"])
@@ -355,21 +355,21 @@ def test_a_model_that_lies_is_found_out(how, build):
 
 @pytest.mark.parametrize("how", LIES)
 def test_also_one_that_lies_on_the_longest_row_alone(how):
-    longest = random_groups(1, prompt=(400, 400), completion=(60, 60))  # 520: rows of several stop at 512
-    model = liar(how, beyond=515)
-    assert row_limit(model, LONG, 0) == 512
+    longest = random_groups(1, prompt=(900, 900), completion=(65, 65))  # 1030: rows of several stop at 1024
+    model = liar(how, beyond=1026)
+    assert row_limit(model, LONG, 0) == 1024
     for place in (0, 3, 6):
-        with pytest.raises(NotExact, match="on the longest row, 520 tokens, log-probs differ"):
+        with pytest.raises(NotExact, match="on the longest row, 1030 tokens, log-probs differ"):
             row_limit(model, [*LONG[:place], *longest, *LONG[place:]], 0)
 
 
 @pytest.mark.parametrize("how", LIES)
 def test_also_one_that_lies_only_where_several_groups_fill_a_row_beyond_the_longest(how):
-    groups = random_groups(60)
-    model = liar(how, beyond=450)
+    groups = random_groups(120)
+    model = liar(how, beyond=900)
     with pytest.raises(NotExact, match="log-probs differ"):
         row_limit(model, groups, 0)
-    assert row_limit(model, groups[:2], 0) == 512  # these never fill it
+    assert row_limit(model, groups[:2], 0) == 1024  # these never fill it
 
 
 @pytest.mark.parametrize("how", LIES)

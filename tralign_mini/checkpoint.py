@@ -50,12 +50,16 @@ def start_hash(policy: torch.nn.Module) -> str:
     """SHA-256 of what a run begins from: the weights that training changes, and the frozen ones beside them.
 
     Of a frozen tensor some 4096 numbers count, evenly spaced: another model differs there, too, and a large
-    base is not read in full.
+    base is not read in full. 4-bit codes count with their scales: twice the weights have the same codes.
     """
     digest = hashlib.sha256(weight_hash(policy).encode())
     for name, parameter in sorted(policy.named_parameters()):
         if not parameter.requires_grad:
-            digest.update(name.encode() + _bytes(parameter.flatten()[:: max(1, parameter.numel() // 4096)]))
+            state = getattr(parameter, "quant_state", None)
+            scales = {} if state is None else state.as_dict(packed=True)
+            for part, tensor in [("", parameter), *sorted(scales.items())]:
+                some = tensor.flatten()[:: max(1, tensor.numel() // 4096)]
+                digest.update(f"{name}{part}".encode() + _bytes(some))
     return digest.hexdigest()
 
 

@@ -18,7 +18,7 @@ from .logprobs import completion_logps, plain_completion_logps
 from .packing import Group, group_length, lay_out
 from .tokens import collate
 
-PACKED = 512  # tokens: short groups are put together into rows up to this, or up to the longest group
+PACKED = 1024  # tokens: short groups are put together into rows up to this, or up to the longest group
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 
 
