@@ -62,7 +62,7 @@ def screenshots(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """JupyterLab (and, if it is installed, Notebook 7) with this Python as its kernel: (address, token, folder)."""
+    """JupyterLab (and Notebook 7, if installed) with this Python as its kernel: (address, token, folder)."""
     home, token = tmp_path_factory.mktemp("jupyter"), secrets.token_hex(16)
     folder = home / "notebooks"
     quiet = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
@@ -164,13 +164,15 @@ def slider(output, description: str):
 
 
 def move(output, description: str, times: int = 1, *, mouse: bool = False) -> list[float]:
-    """Move a slider to the left and wait for the picture, again and again; the latencies in ms."""
+    """Move a slider (by keyboard: to the left), wait for the picture, and so on; the latencies in ms."""
     image, control = output.locator("img.widget-image"), slider(output, description)
     image.evaluate("image => { image.times = []; image.acted = null; }")
     for i in range(times):
         if mouse:
             track = control.locator(".noUi-base").bounding_box()
-            output.page.mouse.click(track["x"] + (0.95 - 0.07 * i) * track["width"], track["y"] + 1)
+            time.sleep(0.5)  # not a double click
+            place = (0.15 + 0.35 * i) % 0.85  # never on the handle, which would only be grasped
+            output.page.mouse.click(track["x"] + place * track["width"], track["y"] + 1)
         else:
             control.locator(".noUi-handle").focus()
             output.page.keyboard.press("ArrowLeft")
@@ -210,7 +212,7 @@ def note(screenshots: Path, name: str, times: list[float]) -> None:
     """Keep a measurement beside the screenshots."""
     path = screenshots / "latency.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    known[name] = {"median_ms": round(statistics.median(times)), "max_ms": round(max(times)), "moves": len(times)}
+    known[name] = {"median_ms": round(statistics.median(times)), "max_ms": round(max(times)), "n": len(times)}
     path.write_text(json.dumps(known, indent=1))
 
 
@@ -233,6 +235,7 @@ def test_sliders_move_the_pictures(opened, server, screenshots, kind):
             times += move(output, TAU, 3, mouse=kind == "notebook")
             assert shown(output) != before
         note(screenshots, f"{kind} {name}", times)
+        assert statistics.median(times) < 400  # 70 to 125 on two cores; other tests may run beside this one
     outputs = saved(page, server[2] / f"explorers-{kind}.ipynb")
     assert len(outputs) == len(panels)
     assert all(base64.b64decode(output["image/png"]).startswith(b"\x89PNG") for output in outputs)

@@ -42,9 +42,6 @@ class LiveRun(Panel):
     """
 
     def __init__(self, recipe: Recipe):
-        if recipe.method in WITHOUT_REFERENCE:
-            raise ValueError(f"method={recipe.method} has no reference that could be steered: choose "
-                             "dpo, ipo or kto, or train it with tr.train.")
         self.recipe, self.directory, self.run, self.state = recipe, Path(recipe.output), None, "ready"
         self._stop, self._go = threading.Event(), threading.Event()
         self._thread = self._shown = None
@@ -213,4 +210,8 @@ def live_run(recipe, **overrides) -> LiveRun:
     recipe, overrides: as for `tr.train`. If `output` holds a run that was stopped, it goes on. alpha = 0 is a
     fixed reference. The strip above the curves tells the kind: blue fixed, orange soft, green hard.
     """
-    return LiveRun(Recipe.load(recipe, **overrides))
+    recipe = Recipe.load(recipe, **overrides)
+    if recipe.method in WITHOUT_REFERENCE:
+        raise ValueError(f"method={recipe.method} has no reference that could be steered: choose dpo, ipo or kto, "
+                         "or train it with tr.train.")
+    return LiveRun(recipe)
