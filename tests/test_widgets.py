@@ -527,7 +527,7 @@ def test_what_a_live_run_draws(settings, tmp_path):
     assert lines["loss"].get_xydata().tolist() == [[row["step"], row["loss"]] for row in rows]
     assert list(lines["kl/initial"].get_xdata()) == [10, 20] and not len(lines["gold/reward"].get_xdata())
     _, kinds, moves = next(iter(panel.parts.values()))
-    assert kinds.get_segments()[0].tolist() == [[0, 0.985], [20, 0.985]]  # soft from the first to the last step
+    assert kinds.get_segments()[0].tolist() == [[0, 0.985], [20, 0.985]]  # soft, all the way
     assert [segment[0, 0] for segment in moves.get_segments()] == [4, 8, 12, 16, 20]
 
 

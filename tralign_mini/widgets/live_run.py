@@ -212,6 +212,6 @@ def live_run(recipe, **overrides) -> LiveRun:
     """
     recipe = Recipe.load(recipe, **overrides)
     if recipe.method in WITHOUT_REFERENCE:
-        raise ValueError(f"method={recipe.method} has no reference that could be steered: choose dpo, ipo or kto, "
-                         "or train it with tr.train.")
+        raise ValueError(f"method={recipe.method} has no reference that could be steered: choose dpo, ipo or "
+                         "kto, or train it with tr.train.")
     return LiveRun(recipe)

@@ -74,7 +74,7 @@ class ReferenceExplorer(Panel):
         style_axes(teaching, "Pull of the loss", STEP, "|gradient| / β")
         plane.grid(False)
         look = {"fontsize": 12, "fontweight": "bold"}
-        plane.text(0.98, 0.03, "shaded: where the loss pulls", transform=plane.transAxes, ha="right")
+        note = plane.text(0.98, 0.03, "shaded: where the loss pulls", transform=plane.transAxes, ha="right")
         margin.text(0.04, 0.93, "dotted: fixed reference", transform=margin.transAxes, **look,
                     color=COLORS["fixed"])
         still = {"color": COLORS["fixed"], "ls": DASHES[2], "lw": 2, "alpha": 0.8}
@@ -92,7 +92,7 @@ class ReferenceExplorer(Panel):
         margin.set(xlim=(0, STEPS), ylim=(-0.3, 8))
         teaching.set(xlim=(0, STEPS), ylim=(-0.02, 0.65))
         walkers = [self.path, self.moves, self.there, self.here, *self.names]
-        self._picture = Picture(figure, [self.shade, *self.fixed, *walkers, *self.lines])
+        self._picture = Picture(figure, [self.shade, note, *self.fixed, *walkers, *self.lines])
         controls = [self.alpha, self.tau, self.beta, self.step]
         super().__init__([controls[:2], controls[2:]], controls)
 
