@@ -17,14 +17,15 @@ from lora_helpers import adapted
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.workload import SHAPES, neox_config, random_rows, save_model
-from tralign_mini import memory
+from tralign_mini import memory, rehearsal
 from tralign_mini.logprobs import completion_logps
 from tralign_mini.memory import predict, smaller
 from tralign_mini.models import load_policy
 from tralign_mini.packing import pack
 from tralign_mini.recipe import Recipe
 from tralign_mini.reference import make_reference
-from tralign_mini.rehearsal import NF4, Ledger, Rehearsal
+from tralign_mini.rehearsal import HOLES, NF4, Ledger, Rehearsal
+from tralign_mini.sharing import PACKED
 
 STEP, CHECK, SAMPLING = "training step", "check of shared prompts", "sampling for evaluation"
 
@@ -44,9 +45,9 @@ def recipe_of(folder, model="neox", **changes) -> Recipe:
 
 
 def parts(recipe, moment=STEP) -> dict[str, float]:
-    rehearsal = Rehearsal(recipe)
-    rehearsal.run(*rehearsal.largest_batch())
-    return rehearsal.moments[moment]
+    run = Rehearsal(recipe)
+    run.run(*run.largest_batch())
+    return run.moments[moment]
 
 
 # Each part by hand, for 2 layers of hidden size h = 32, MLP i = 64, 4 heads, a vocabulary of 64, and float32.
@@ -83,16 +84,16 @@ def test_four_bits_for_linear_layers_but_not_for_the_head(folder):
 
 
 def after_the_forward_pass(recipe) -> dict[str, float]:
-    rehearsal = Rehearsal(recipe)
-    batch, _ = rehearsal.largest_batch()
+    run = Rehearsal(recipe)
+    batch, _ = run.largest_batch()
     counted = int(batch["counted"].sum())
-    with rehearsal.mode:
-        batch = {name: rehearsal.mode.from_tensor(tensor) for name, tensor in batch.items()}
-        with rehearsal.ledger, rehearsal.autocast():
-            rehearsal.ledger.label = "activations"
-            logps = rehearsal._logps(rehearsal.policy, batch, counted)
+    with run.mode:
+        batch = {name: run.mode.from_tensor(tensor) for name, tensor in batch.items()}
+        with run.ledger, run.autocast():
+            run.ledger.label = "activations"
+            logps = run._logps(run.policy, batch, counted)
             assert logps.shape == (counted,)  # still there, and with it the graph
-            return dict(rehearsal.ledger.now)
+            return dict(run.ledger.now)
 
 
 def test_what_autograd_keeps_of_a_layer(folder):
@@ -133,7 +134,7 @@ def alive_in_a_real_step(recipe) -> tuple[float, float]:
     reference = make_reference(policy, rank=None if recipe.tuning == "full" else recipe.reference_rank)
     answer, ledger = [3] * recipe.max_completion_tokens, Ledger()
     groups = [([3] * recipe.max_prompt_tokens, [answer, answer])] * recipe.batch_size
-    batch = pack(groups, 0, hidden_size=H, limit=512)
+    batch = pack(groups, 0, hidden_size=H, limit=PACKED)
     with reference.using() as module:
         for tensor in [*policy.parameters(), *policy.buffers(), *module.parameters(), *module.buffers()]:
             ledger.enter(tensor, {})
@@ -165,20 +166,20 @@ def test_as_many_bytes_as_a_real_step(folder, changes):
 
 
 def test_a_storage_counts_once_until_it_is_freed():
-    ledger = Ledger(holes=0.5)
+    ledger = Ledger()
     with ledger:
         ledger.label = "a"
         one = torch.zeros(100)
         view, two = one[:50], one + 1
         ledger.label = "b"
         three = one + 2
-        assert ledger.now == {"a": 800, "b": 400, "holes": 600}
+        assert ledger.now == {"a": 800, "b": 400}
         del one, two
-        assert ledger.now == {"a": 400, "b": 400, "holes": 400}  # the view keeps its storage
+        assert ledger.now == {"a": 400, "b": 400}  # the view keeps its storage
         ledger.enter(three, {"c": 1})
         del view
-    assert ledger.now == {"a": 0, "b": 0, "c": 1, "holes": 0}
-    assert ledger.peak == {"a": 800, "b": 400, "holes": 600}
+    assert ledger.now == {"a": 0, "b": 0, "c": 1}
+    assert ledger.peak == {"a": 800, "b": 400}
 
 
 def step_of(folder, **changes) -> float:
@@ -220,6 +221,19 @@ def test_moments_beside_the_step(folder):
     assert many["initial policy"] == 4 * WEIGHTS
 
 
+def test_what_a_cpu_holds_beside_tensors(folder):
+    recipe = recipe_of(folder, tuning="qlora", max_prompt_tokens=80)
+    bare, found = parts(recipe), predict(recipe).moments[STEP]
+    assert found.pop("framework") == 60 * 2**20
+    assert found.pop("file, mapped") == 4 * LAYERS * LINEAR  # of which the codes were made
+    assert found.pop("freed, still held") == HOLES * (bare.get("logits", 0) + bare["temporary"])
+    assert found == bare
+    half = AutoConfig.from_pretrained(folder / "neox")
+    half.dtype = "float16"
+    half.save_pretrained(folder / "half")
+    assert "file, mapped" not in predict(recipe_of(folder, "half", tuning="qlora")).moments[STEP]
+
+
 def test_rows_that_are_there_instead_of_the_longest(folder):
     recipe = recipe_of(folder, max_prompt_tokens=60, max_completion_tokens=20, batch_size=4, max_steps=2)
     longest = [{"prompt_ids": [3] * 60, "chosen_ids": [3] * 20, "rejected_ids": [4] * 20}] * 8
@@ -234,7 +248,7 @@ def test_what_is_said_when_it_does_not_fit(folder, monkeypatch):
     whole = predict(recipe)
     assert whole.fits and whole.total < 2**27
 
-    monkeypatch.setattr(memory, "free_memory", lambda device: whole.needed - 2**20)
+    monkeypatch.setattr(memory, "free_memory", lambda device: whole.total - 2**20)
     prediction = predict(recipe)
     assert not prediction.fits
     (changes, trial), = smaller(recipe, prediction)
@@ -243,9 +257,13 @@ def test_what_is_said_when_it_does_not_fit(folder, monkeypatch):
     assert not predict(recipe.replace(micro_batch_size=bigger)).fits
 
     monkeypatch.setattr(memory, "free_memory", lambda device: 0)
-    trials = list(smaller(recipe, predict(recipe)))
-    assert trials[0][0] == {"micro_batch_size": 1} and trials[-1][0]["tuning"] == "qlora"
-    totals = [whole.needed, *(trial.needed for _, trial in trials)]
+    monkeypatch.setattr(rehearsal, "FRAMEWORK", 0)  # more than all the rest of this model
+    whole = predict(recipe)
+    trials = list(smaller(recipe, whole))
+    assert trials[0][0] == {"micro_batch_size": 1} and trials[-1][0]["tuning"] in ("lora", "qlora")
+    assert all(one.items() <= other.items() for (one, _), (other, _) in zip(trials, trials[1:], strict=False)
+               if "tuning" not in one)  # each adds to the one before
+    totals = [whole.total, *(trial.total for _, trial in trials)]
     assert all(later < earlier for earlier, later in zip(totals, totals[1:]))
     assert not any(trial.fits for _, trial in trials)
 
@@ -293,7 +311,7 @@ def test_an_adapter_to_go_on_from(folder, tmp_path):
 
 
 def test_models_that_cannot_be_predicted(tmp_path):
-    with pytest.raises(ValueError, match="nowhere.*no config.*save_pretrained"):
+    with pytest.raises(ValueError, match="nowhere.*could not be loaded.*save_pretrained"):
         predict(recipe_of(tmp_path, "nowhere"))
     config = {"vocab_size": VOCAB, "hidden_size": H, "intermediate_size": INNER, "num_hidden_layers": 1,
               "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -315,10 +333,11 @@ def test_within_15_percent_of_what_a_fresh_process_measures(tmp_path):
     """A line of the benchmark: 70 M parameters, 8 pairs of 40 + 20 tokens."""
     save_model(neox_config(), tmp_path / "model")
     rows = random_rows(SHAPES["short"], 24, 50304)
-    job = {"side": "ours", "model": str(tmp_path / "model"), "rows": rows, "batch_size": 8, "steps": 3, "tau": 2}
-    options = {"cwd": Path(__file__).parents[1], "env": os.environ | {"CUDA_VISIBLE_DEVICES": ""}}
-    done = subprocess.run([sys.executable, "-c", MEASURE], input=json.dumps(job), text=True,
-                          capture_output=True, **options)
+    job = {"side": "ours", "model": str(tmp_path / "model"), "rows": rows, "batch_size": 8, "steps": 3,
+           "tau": 2}
+    root, environment = Path(__file__).parents[1], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", MEASURE], input=json.dumps(job), cwd=root, env=environment,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     step = predict(recipe_of(tmp_path, "model", batch_size=8, max_steps=3), rows).moments[STEP]
     assert sum(step.values()) == pytest.approx(int(done.stdout.split()[-1]), rel=0.15)

@@ -328,8 +328,9 @@ def faults():
     torch.ones(2**24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
-print(faults())
+print(sum(faults() for _ in range(10)))
 """
     kept, given_back = (int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True,
                                            check=True).stdout) for how in ("keep", "default"))
-    assert kept < 100 < 10_000 < given_back  # 64 MiB are 16,384 pages
+    pages = 2**14  # in 64 MiB. What is kept may lie badly aligned for the next tensor, so not every fault is spared
+    assert kept < 7 * pages and given_back >= 10 * pages

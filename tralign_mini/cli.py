@@ -184,14 +184,14 @@ def _will_it_fit(name: str, settings: list[str]) -> None:
     _say(f"{recipe.micro_batch_size or recipe.batch_size} rows at once, each as long as the recipe allows: "
          f"prompts of {recipe.max_prompt_tokens} and completions of {recipe.max_completion_tokens} tokens")
     if prediction.fits:
-        console.print("[green]it fits[/]" if prediction.needed < 0.85 * prediction.free else
+        console.print("[green]it fits[/]" if prediction.total < 0.85 * prediction.free else
                       "[yellow]it fits, but barely[/]: a prediction is good to 15 %")
         return
     console.print("[red]it does not fit[/]. With these settings it needs:")
     trial = prediction
     for changes, trial in smaller(recipe, prediction):
         words = " ".join(f"{key}={str(value).lower()}" for key, value in changes.items())
-        _say(f"  {_bytes(trial.needed):>9}  {words}" + "  (fits)" * trial.fits)
+        _say(f"  {_bytes(trial.total):>9}  {words}" + "  (fits)" * trial.fits)
     if not trial.fits:
         _say("Nothing of this is enough: take a smaller model, or another device.")
     raise typer.Exit(1)

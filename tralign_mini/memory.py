@@ -6,6 +6,7 @@ measured peaks (within 15 %); for a GPU they come out of the same rehearsal, and
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from .models import this_process
 from .recipe import Recipe
-from .rehearsal import MAPPED, SAMPLED_AT_ONCE, Rehearsal
+from .rehearsal import SAMPLED_AT_ONCE, Rehearsal
 
 CGROUP = Path("/sys/fs/cgroup")  # of a container on Linux
 
@@ -43,14 +44,9 @@ class Prediction:
         return sum(self.parts.values())
 
     @property
-    def needed(self) -> float:
-        """Of these bytes the ones that the system cannot take back when it is short of memory."""
-        return self.total - self.parts.get(MAPPED, 0)
-
-    @property
     def fits(self) -> bool:
         """Whether so much is free."""
-        return self.needed <= self.free
+        return self.total <= self.free
 
 
 def predict(recipe: Recipe, rows: list[dict] | None = None) -> Prediction:
@@ -61,7 +57,8 @@ def predict(recipe: Recipe, rows: list[dict] | None = None) -> Prediction:
     libraries. ValueError if the recipe's model has no config here, or its code cannot do without numbers.
     """
     device = this_process().device
-    rehearsal = Rehearsal(recipe, on_cpu=device.type == "cpu")
+    with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of PEFT's calls
+        rehearsal = Rehearsal(recipe, on_cpu=device.type == "cpu")
     largest = rehearsal.largest_batch(rows)
     try:
         rehearsal.run(*largest)
@@ -76,7 +73,7 @@ def predict(recipe: Recipe, rows: list[dict] | None = None) -> Prediction:
 def smaller(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[dict, Prediction]]:
     """Changes to a recipe that does not fit, and what it needs with them: (settings, prediction).
 
-    Each adds to the one before, until the run fits; what does not help is left out.
+    Each adds to the one before, until the run fits; what hardly helps is left out.
     """
     tunings = ("full", "lora", "qlora")
     ways = [("micro_batch_size", _micro_batch_size(recipe, prediction)), ("gradient_checkpointing", True),
@@ -86,7 +83,7 @@ def smaller(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[dict, Pred
     changes: dict = {}
     for key, value in ways:
         trial = predict(recipe.replace(**changes | {key: value}))
-        if trial.needed < prediction.needed:
+        if trial.total < 0.98 * prediction.total:
             changes, prediction = changes | {key: value}, trial
             yield changes, prediction
         if prediction.fits:
@@ -96,8 +93,8 @@ def smaller(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[dict, Pred
 def _micro_batch_size(recipe: Recipe, prediction: Prediction) -> int:
     """The largest that fits, by a straight line from what one row needs to what all need; else 1."""
     now = recipe.micro_batch_size or recipe.batch_size
-    least = predict(recipe.replace(micro_batch_size=1)).needed
-    slope = (prediction.needed - least) / max(1, now - 1)
+    least = predict(recipe.replace(micro_batch_size=1)).total
+    slope = (prediction.total - least) / max(1, now - 1)
     sizes = [size for size in range(1, now) if recipe.batch_size % size == 0]
     return max((size for size in sizes if least + slope * (size - 1) <= prediction.free), default=1)
 

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from . import logprobs
 from .adapters import INITIAL, switched
 from .batches import StepStream, collate_rows, group_of
-from .models import compute_dtype, is_adapter, model_path
+from .models import _loading, compute_dtype, is_adapter, model_path
 from .packing import group_length
 from .plan import WITHOUT_REFERENCE
 from .recipe import Recipe
@@ -36,22 +36,18 @@ CPU = torch.device("cpu")  # whatever the run's device is: shapes and dtypes are
 ADAM = 8  # bytes for each trained weight: two moments in float32
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, a byte for 64 codes, a float for 256 bytes (arXiv 2305.14314)
 SAMPLED_AT_ONCE = 64  # sequences: the default of generate.sample
-# Measured on CPU. Framework: threads, workspaces of kernels, Trainer; 57 to 63 MiB. Holes: what is freed is
-# kept (models.keep_freed_memory), and the next tensors do not quite fill it; 0.5 to 1.1 of what comes and
-# goes in the first steps, and slowly more as lengths vary
-FRAMEWORK, HOLES = 60 * 2**20, 0.8
-MAPPED = "file, mapped"  # pages of the model's file that the system takes back when it is short of memory
+# Measured on CPU. Framework: threads, workspaces of kernels, Trainer; 57 to 63 MiB. Holes: freed memory is
+# kept (models.keep_freed_memory), and where a large tensor was, small ones settle, so the next large one
+# needs other memory; in the first steps 1.0 to 2.7 times the logits and temporary tensors at the peak
+FRAMEWORK, HOLES = 60 * 2**20, 1.8
 
 
 class Ledger(TorchDispatchMode):
-    """The bytes that are alive, by label, now and at the peak. A storage counts once, however many view it.
+    """The bytes that are alive, by label, now and at the peak. A storage counts once, whatever views it."""
 
-    holes: what is lost beside each tensor that comes and goes, as a share of its bytes.
-    """
-
-    def __init__(self, holes: float = 0.0):
+    def __init__(self):
         super().__init__()
-        self.label, self.holes = "", holes
+        self.label = ""
         self.now, self.peak = Counter(), Counter()
         self._entries: dict[int, Counter] = {}
 
@@ -59,8 +55,7 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **kwargs or {})
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._entries:
-                size = tensor.untyped_storage().nbytes()
-                self.enter(tensor, {self.label: size, "holes": self.holes * size})
+                self.enter(tensor, {self.label: tensor.untyped_storage().nbytes()})
         return out
 
     def enter(self, tensor: torch.Tensor, entry: dict[str, float]) -> None:
@@ -87,19 +82,17 @@ class Rehearsal:
     """
 
     def __init__(self, recipe: Recipe, *, on_cpu: bool = False):
-        self.recipe, self.mode = recipe, FakeTensorMode()
-        self.ledger = Ledger(HOLES if on_cpu else 0.0)
-        self.ledger.add({"framework": FRAMEWORK if on_cpu else 0})
+        self.recipe, self.on_cpu, self.mode, self.ledger = recipe, on_cpu, FakeTensorMode(), Ledger()
         self.micro = recipe.micro_batch_size or recipe.batch_size
         self.moments: dict[str, dict[str, float]] = {}
-        self.policy, self.reference = _policy(recipe), None
+        (self.policy, saved_dtype), self.reference = _policy(recipe), None
         self.config = self.policy.config.get_text_config()
         if recipe.tuning == "full" and recipe.method not in WITHOUT_REFERENCE:
             self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
         for model in filter(None, (self.policy, self.reference)):
             self._fake(model)
             logprobs._KNOWN[model] = model.get_output_embeddings(), True  # found out by numbers otherwise
-        self._enter_weights(on_cpu)
+        self._enter_weights(saved_dtype)
 
     def run(self, batch: dict[str, torch.Tensor], longest: int) -> None:
         """Each moment in which memory could be short, with what `largest_batch` returns."""
@@ -116,6 +109,9 @@ class Rehearsal:
                 for _ in range(1 if self.micro == self.recipe.batch_size else 2):
                     self._micro_batch(batch, counted)  # the second one begins with gradients
                 self.policy.zero_grad()
+            if self.on_cpu:
+                step = self.moments["training step"]
+                step["freed, still held"] = HOLES * (step.get("logits", 0) + step.get("temporary", 0))
             with self._moment("sampling for evaluation"), torch.no_grad(), self.autocast():
                 self._sample()
 
@@ -186,16 +182,18 @@ class Rehearsal:
         longest = max(len(prompt) + max(map(len, answers)) for prompt, answers in groups)
         return max(batches, key=lambda batch: batch["input_ids"].numel()), longest
 
-    def _enter_weights(self, on_cpu: bool) -> None:
+    def _enter_weights(self, saved_dtype: torch.dtype | None) -> None:
         """What is there all the time; gradients and logits get their labels when they come."""
-        ledger, head, dtype = self.ledger, self.policy.get_output_embeddings(), compute_dtype(self.recipe)
+        ledger, head = self.ledger, self.policy.get_output_embeddings()
         coded = {module.weight for name, module in self.policy.named_modules()
                  if self.recipe.tuning == "qlora" and isinstance(module, (nn.Linear, Conv1D))
                  and module is not head and ".lora_" not in name}  # bitsandbytes leaves the head as it is
         if coded:  # one layer at a time is decoded
-            ledger.add({"temporary": dtype.itemsize * max(weight.numel() for weight in coded)})
-        if coded and on_cpu and self.config.dtype == dtype:  # the weights beside them are used where they are
-            ledger.add({MAPPED: dtype.itemsize * sum(weight.numel() for weight in coded)})
+            ledger.add({"temporary": max(weight.nbytes for weight in coded)})
+        if self.on_cpu:
+            in_place = saved_dtype == head.weight.dtype  # then the rest stays in the file, mapped as a whole
+            mapped = in_place * sum(weight.nbytes for weight in coded)
+            ledger.add({"framework": FRAMEWORK, "file, mapped": mapped})
         for name, tensor in [*self.policy.named_parameters(), *self.policy.named_buffers()]:
             beside = f".{REFERENCE}." in name or f".{INITIAL}." in name
             frozen = "reference" if beside else "weights, frozen"
@@ -237,18 +235,16 @@ class Rehearsal:
         return torch.autocast("cpu", torch.bfloat16, enabled=compute_dtype(self.recipe) is torch.bfloat16)
 
 
-def _policy(recipe: Recipe) -> nn.Module:
-    """models.load_policy on the `meta` device, with the adapters that will stand beside the policy's."""
+def _policy(recipe: Recipe) -> tuple[nn.Module, torch.dtype | None]:
+    """models.load_policy on the `meta` device, with the adapters that will stand beside the policy's; and the
+    dtype in which the model was saved."""
     full, lora, base = recipe.tuning == "full", None, recipe.model
-    try:
+    with _loading(base):
         if is_adapter(base):
             lora = PeftConfig.from_pretrained(model_path(base))
             lora.inference_mode, base = False, lora.base_model_name_or_path
         config = AutoConfig.from_pretrained(model_path(base))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(f"model={base!r} has no config that could be read: {reason}. Give a folder made by "
-                         "save_pretrained, a Hub name, or an embedded world.") from error
+    saved_dtype = config.dtype
     if lora and full:
         raise ValueError(f"model={recipe.model!r} is a PEFT adapter, and tuning=full trains whole weights: "
                          "use tuning=lora or tuning=qlora.")
@@ -257,20 +253,24 @@ def _policy(recipe: Recipe) -> nn.Module:
         setattr(text, name, 0.0)  # as models.load_base: masks of dropout would be kept
     with torch.device("meta"):
         dtype = torch.float32 if full else compute_dtype(recipe)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        policy = model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if not full:
+            policy = _adapted(model.requires_grad_(False), lora, recipe)
         if recipe.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        if full:
-            return model.train()
-        beside = {REFERENCE: recipe.reference_rank} if recipe.method not in WITHOUT_REFERENCE else {}
-        if lora:  # runs.load_reference: an adapter to go on from has a rank of its own
-            derived = beside and recipe.reference_rank == 4 * recipe.lora_rank
-            beside |= {INITIAL: lora.r} | ({REFERENCE: 4 * lora.r} if derived else {})
-        else:
-            lora = LoraConfig(r=recipe.lora_rank, lora_dropout=recipe.lora_dropout,
-                              target_modules="all-linear", task_type="CAUSAL_LM")
-        policy = get_peft_model(model.requires_grad_(False), lora)
-        for name, rank in beside.items():
-            same = {"target_modules": lora.target_modules, "inference_mode": True}
-            policy.add_adapter(name, LoraConfig(r=rank, **same))
-    return policy.train()
+    return policy.train(), saved_dtype
+
+
+def _adapted(model: nn.Module, lora: PeftConfig | None, recipe: Recipe) -> nn.Module:
+    """The policy's adapter on the model, `lora` if there is one to go on from, and what stands beside it."""
+    beside = {REFERENCE: recipe.reference_rank} if recipe.method not in WITHOUT_REFERENCE else {}
+    if lora:  # runs.load_reference: its rank decides the reference's, unless the recipe does
+        derived = beside and recipe.reference_rank == 4 * recipe.lora_rank
+        beside |= {INITIAL: lora.r} | ({REFERENCE: 4 * lora.r} if derived else {})
+    else:
+        lora = LoraConfig(r=recipe.lora_rank, lora_dropout=recipe.lora_dropout, target_modules="all-linear",
+                          task_type="CAUSAL_LM")
+    policy = get_peft_model(model, lora)
+    for name, rank in beside.items():
+        policy.add_adapter(name, LoraConfig(r=rank, target_modules=lora.target_modules, inference_mode=True))
+    return policy
