@@ -1,6 +1,7 @@
 # make demo       sets everything up in .venv, then compares SFT, DPO and TR-DPO on an embedded world
 # make test       the tests              make test-long   those that take minutes
 # make lab        JupyterLab             make clean       removes .venv and caches
+# make notebooks  executes all notebooks at full scale and stores their outputs (10 minutes)
 # make bench      speed and memory beside TRL's, on a machine that does nothing else (25 minutes)
 # A second call installs nothing, unless pyproject.toml or constraints.txt changed.
 
@@ -8,7 +9,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check
 # One thread for each test process: the results do not depend on the machine, and processes do not compete.
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest --durations=10 -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-long lab bench clean
+.PHONY: demo test test-long lab notebooks bench clean
 
 demo: .venv/.ready
 	.venv/bin/tralign demo
@@ -21,6 +22,9 @@ test-long: .venv/.ready-dev
 
 lab: .venv/.ready-lab
 	.venv/bin/jupyter lab notebooks
+
+notebooks: .venv/.ready-dev
+	.venv/bin/python notebooks/run_all.py
 
 bench: .venv/.ready-dev
 	.venv/bin/python -m benchmarks.against_trl

@@ -1,7 +1,9 @@
-"""The panels in a real browser: JupyterLab 4 and Notebook 7 in headless Chromium.
+"""The course in a real browser: JupyterLab 4 and Notebook 7 in headless Chromium.
 
-TRALIGN_SCREENSHOTS: a folder for screenshots and latency.json (default: a temporary one). In JupyterLab the
-sliders are moved by keyboard; Notebook 7 keeps the arrow keys for itself, so there the mouse clicks on them.
+JupyterLab opens the notebooks 02, 03 and 04 themselves, at their small scale, runs all cells, and the panels
+in them are used; Notebook 7 opens the same panels alone. TRALIGN_SCREENSHOTS: a folder for screenshots and
+latency.json (default: a temporary one). In JupyterLab the sliders are moved by keyboard; Notebook 7 keeps the
+arrow keys for itself, so there the mouse clicks on them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
+import nbformat
 import pytest
+
+from notebooks.run_all import SCALE, code_cells
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium")
@@ -34,7 +39,12 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 ALPHA, TAU = "α: weight of the policy", "τ: steps between updates"
 PAGES = {"lab": ("jupyterlab", "/lab/tree/"), "notebook": ("notebook", "/notebooks/")}
 MOVES = 10  # of a slider, to measure a latency
+SLOWEST = 700  # ms, median: 70 to 150 on two idle cores, four times that beside other tests
 SETUP = "import tralign_mini as tr"
+COURSE = {  # notebook: panels whose sliders are moved
+    "02_the_moving_reference": ("loss_explorer", "reference_explorer"),
+    "03_toy_overoptimization": ("toy_explorer",),
+}
 
 # In the page: when was something done, and when was the picture that came after it on the screen?
 WATCH = """image => {
@@ -65,16 +75,20 @@ def server(tmp_path_factory):
     """JupyterLab (and Notebook 7, if installed) with this Python as its kernel: (address, token, folder)."""
     home, token = tmp_path_factory.mktemp("jupyter"), secrets.token_hex(16)
     folder = home / "notebooks"
-    quiet = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    for path in (folder, quiet.parent):
-        path.mkdir(parents=True)
-    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    folder.mkdir()
+    for name, text in {  # no news; every cell in the page, also what is not in sight
+            "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
+            "notebook-extension/tracker": '{"windowingMode": "none"}'}.items():
+        path = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     own = {f"JUPYTER_{name}_DIR": str(home / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     own |= {f"JUPYTERLAB_{name}_DIR": str(home / name.lower()) for name in ("SETTINGS", "WORKSPACES")}
-    own |= {"IPYTHONDIR": str(home / "ipython"), "PYTHONPATH": str(ROOT)}
+    own |= {"IPYTHONDIR": str(home / "ipython"), "PYTHONPATH": str(ROOT), SCALE: "small"}
+    own |= {"HF_HUB_OFFLINE": "1", "TRALIGN_CACHE": str(home / "cache")}
     options = (f"--port={port}", "--no-browser", "--allow-root", f"--ServerApp.root_dir={folder}",
                f"--IdentityProvider.token={token}", "--ServerApp.ip=127.0.0.1", "--ServerApp.port_retries=0")
     log = open(home / "log", "w")
@@ -106,14 +120,16 @@ def browser():
 
 @pytest.fixture
 def opened(server, browser, screenshots):
-    """opened(kind, name, cells) -> a page on which all cells of a new notebook have been run."""
+    """opened(kind, name, cells) -> (page, cells), all being run; without cells a notebook of ours."""
     address, token, folder = server
     pages = []
 
-    def open_notebook(kind: str, name: str, cells: list[str]):
+    def open_notebook(kind: str, name: str, cells: list[str] | None = None):
         package, path = PAGES[kind]
         if not find_spec(package):
             pytest.skip(f"not installed: {package}")
+        ours = ROOT / "notebooks" / f"{name}.ipynb"
+        cells = cells or [cell.source for cell in code_cells(nbformat.read(ours, as_version=4))]
         write_notebook(folder / f"{name}.ipynb", cells)
         page = browser.new_page(viewport={"width": 1440, "height": 1000})
         pages.append((name, page))
@@ -123,7 +139,7 @@ def opened(server, browser, screenshots):
         wait_for_kernel(f"{address}/api/sessions?token={token}", f"{name}.ipynb")
         page.locator(".lm-MenuBar-item", has_text=re.compile("^Run$")).click()
         page.locator(".lm-Menu-item", has_text=re.compile("^Run All Cells$")).click()
-        return page
+        return page, cells
 
     yield open_notebook
     for name, page in pages:
@@ -151,12 +167,19 @@ def write_notebook(path: Path, cells: list[str]) -> None:
     path.write_text(json.dumps(notebook))
 
 
-def cell(page, number: int):
-    """The output of a cell with a panel, once its picture is there."""
+def all_have_run(page, cells: list[str]) -> None:
+    """While a cell runs, no slider is heard. An error would leave the last cell without its number."""
+    last = page.locator(".jp-CodeCell").nth(len(cells) - 1).locator(".jp-InputPrompt")
+    until(lambda: last.inner_text() == f"[{len(cells)}]:", 240)
+
+
+def shown_panel(page, cells: list[str], name: str):
+    """The output of the cell with a panel, once its picture is there."""
+    [number] = [i for i, cell in enumerate(cells) if f"widgets.{name}(" in cell]
     output = page.locator(".jp-CodeCell").nth(number).locator(".jp-OutputArea")
     output.locator("img.widget-image").wait_for()
     output.scroll_into_view_if_needed()
-    return output
+    return watched(output)
 
 
 def slider(output, description: str):
@@ -165,17 +188,26 @@ def slider(output, description: str):
 
 def move(output, description: str, times: int = 1, *, mouse: bool = False) -> list[float]:
     """Move a slider (by keyboard: to the left), wait for the picture, and so on; the latencies in ms."""
-    image, control = output.locator("img.widget-image"), slider(output, description)
+    control = slider(output, description)
+
+    def click(i: int) -> None:
+        track = control.locator(".noUi-base").bounding_box()
+        time.sleep(0.5)  # not a double click
+        place = (0.15 + 0.35 * i) % 0.85  # never on the handle, which would only be grasped
+        output.page.mouse.click(track["x"] + place * track["width"], track["y"] + 1)
+
+    def press(i: int) -> None:
+        control.locator(".noUi-handle").focus()
+        output.page.keyboard.press("ArrowLeft")
+    return timed(output, click if mouse else press, times)
+
+
+def timed(output, act, times: int) -> list[float]:
+    """act(0), act(1), ..., each time until the next picture is there; the latencies in ms."""
+    image = output.locator("img.widget-image")
     image.evaluate("image => { image.times = []; image.acted = null; }")
     for i in range(times):
-        if mouse:
-            track = control.locator(".noUi-base").bounding_box()
-            time.sleep(0.5)  # not a double click
-            place = (0.15 + 0.35 * i) % 0.85  # never on the handle, which would only be grasped
-            output.page.mouse.click(track["x"] + place * track["width"], track["y"] + 1)
-        else:
-            control.locator(".noUi-handle").focus()
-            output.page.keyboard.press("ArrowLeft")
+        act(i)
         output.page.wait_for_function("([image, count]) => image.times.length > count",
                                       arg=[image.element_handle(), i], polling=5)
     return image.evaluate("image => image.times")
@@ -199,13 +231,19 @@ def until(there, seconds: float = 90):
     raise AssertionError("it did not happen")
 
 
-def saved(page, path: Path) -> list[dict]:
-    """The panels' outputs as the notebook is saved: what a reader on GitHub gets."""
-    before = path.stat().st_mtime_ns
-    page.keyboard.press("Control+s")
-    until(lambda: path.stat().st_mtime_ns != before)
-    outputs = [output for cell in json.loads(path.read_text())["cells"] for output in cell["outputs"]]
-    return [output["data"] for output in outputs if WIDGET in output.get("data", {})]
+def saved(page, path: Path, there) -> list[bytes]:
+    """The panels' pictures in the saved notebook, what a reader on GitHub gets, once `there(pictures)`."""
+    def pictures():
+        page.keyboard.press("Control+s")
+        time.sleep(0.5)
+        try:
+            cells = json.loads(path.read_text())["cells"]
+        except json.JSONDecodeError:  # it is being written
+            return None
+        data = [output.get("data", {}) for cell in cells for output in cell.get("outputs", ())]
+        found = [base64.b64decode(one["image/png"]) for one in data if WIDGET in one and "image/png" in one]
+        return found if there(found) else None  # a progress bar leaves no picture
+    return until(pictures, 20)
 
 
 def note(screenshots: Path, name: str, times: list[float]) -> None:
@@ -216,13 +254,15 @@ def note(screenshots: Path, name: str, times: list[float]) -> None:
     path.write_text(json.dumps(known, indent=1))
 
 
-@pytest.mark.parametrize("kind", PAGES)
-def test_sliders_move_the_pictures(opened, server, screenshots, kind):
-    panels = ["loss_explorer()", "reference_explorer()", "toy_explorer('bandit-helps')"]
-    page = opened(kind, f"explorers-{kind}", [SETUP, *(f"tr.widgets.{panel}" for panel in panels)])
-    cell(page, len(panels))  # while a cell runs, no slider is heard
-    for number, panel in enumerate(panels, 1):
-        name, output = panel.partition("(")[0], watched(cell(page, number))
+@pytest.mark.parametrize("kind, notebook", [*(("lab", name) for name in COURSE), ("notebook", "explorers")])
+def test_sliders_move_the_pictures(opened, server, screenshots, kind, notebook):
+    panels = COURSE.get(notebook) or [panel for panels in COURSE.values() for panel in panels]
+    alone = [SETUP, *(f"tr.widgets.{panel}()" for panel in panels)]
+    alone[-1] = alone[-1].replace("()", "('bandit-helps')")
+    page, cells = opened(kind, notebook, None if notebook in COURSE else alone)
+    all_have_run(page, cells)
+    for name in panels:
+        output = shown_panel(page, cells, name)
         assert output.locator("img").count() == 1  # the picture for other readers is not shown a second time
         if name == "toy_explorer":  # it looks up what is trained: wait for the whole map
             output.locator(".progress-bar[style*='width: 100%']").wait_for(timeout=240_000)
@@ -235,17 +275,16 @@ def test_sliders_move_the_pictures(opened, server, screenshots, kind):
             times += move(output, TAU, 3, mouse=kind == "notebook")
             assert shown(output) != before
         note(screenshots, f"{kind} {name}", times)
-        assert statistics.median(times) < 400  # 70 to 125 on two cores; other tests may run beside this one
-    outputs = saved(page, server[2] / f"explorers-{kind}.ipynb")
-    assert len(outputs) == len(panels)
-    assert all(base64.b64decode(output["image/png"]).startswith(b"\x89PNG") for output in outputs)
+        assert statistics.median(times) < SLOWEST
+    pictures = saved(page, server[2] / f"{notebook}.ipynb", lambda pictures: len(pictures) == len(panels))
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
 
 
 def test_a_storm_of_keys_ends_with_the_newest_picture(opened):
     from tralign_mini.widgets import loss_explorer
 
-    page = opened("lab", "storm", [SETUP, "tr.widgets.loss_explorer()"])
-    output = watched(cell(page, 1))
+    page, cells = opened("lab", "storm", [SETUP, "tr.widgets.loss_explorer()"])
+    output = shown_panel(page, cells, "loss_explorer")
     slider(output, ALPHA).locator(".noUi-handle").focus()
     for _ in range(20):
         page.keyboard.press("ArrowLeft")  # nobody waits for a picture
@@ -257,12 +296,31 @@ def test_a_storm_of_keys_ends_with_the_newest_picture(opened):
     assert output.locator("img.widget-image").evaluate("image => image.loads") <= 20
 
 
-@pytest.mark.parametrize("kind", PAGES)
-def test_a_run_is_steered_while_it_trains(opened, server, screenshots, kind):
+def test_the_grid_of_notebook_04_and_a_run_that_is_steered(opened, server, screenshots):
+    name = "04_a_little_tldr"
+    page, cells = opened("lab", name)
+    all_have_run(page, cells)
+    grid = shown_panel(page, cells, "runs_explorer")
+    first, epochs = shown(grid), grid.locator("select").last
+    times = timed(grid, lambda i: epochs.locator("option").nth(i % 2).click(), 6)
+    assert shown(grid) != first and epochs.locator("option:checked").all_inner_texts() == ["4"]
+    page.screenshot(path=screenshots / "lab-runs_explorer.png")
+    note(screenshots, "lab runs_explorer", times)
+    assert statistics.median(times) < SLOWEST
+    steer("lab", page, shown_panel(page, cells, "live_run"), server[2] / "runs" / "live", screenshots)
+    last = shown(shown_panel(page, cells, "live_run"))
+    saved(page, server[2] / f"{name}.ipynb", lambda pictures: last in pictures)  # the end of the run
+
+
+def test_a_run_is_steered_in_notebook_7(opened, server, screenshots):
     settings = "max_steps=60, batch_size=8, eval_steps=5, eval_prompts=8, warmup_steps=0"
-    panel = f"tr.widgets.live_run('little-tldr', {settings}, output='live-{kind}')"
-    page = opened(kind, f"live-{kind}", [SETUP, panel])
-    output, run = watched(cell(page, 1)), server[2] / f"live-{kind}"
+    panel = f"tr.widgets.live_run('little-tldr', {settings}, output='live')"
+    page, cells = opened("notebook", "live", [SETUP, panel])
+    steer("notebook", page, shown_panel(page, cells, "live_run"), server[2] / "live", screenshots)
+
+
+def steer(kind: str, page, output, run: Path, screenshots: Path) -> None:
+    """Start, move alpha while it trains, pause, resume, stop; look at the picture and at the run's files."""
     first = shown(output)
 
     def click(name: str) -> None:
@@ -305,10 +363,7 @@ def test_a_run_is_steered_while_it_trains(opened, server, screenshots, kind):
     assert (run / "checkpoints" / f"checkpoint-{len(rows)}").is_dir()
     time.sleep(3)  # the last picture, and the one that stays in the notebook
     assert output.locator("img").count() == 1
-    last = shown(cell(page, 1))
-    assert last != first
-    [data] = saved(page, server[2] / f"live-{kind}.ipynb")
-    assert base64.b64decode(data["image/png"]) == last  # a reader on GitHub sees the end of the run
+    assert shown(output) != first
 
 
 def test_runs_are_filtered_and_asked(opened, server, screenshots):
@@ -316,19 +371,17 @@ def test_runs_are_filtered_and_asked(opened, server, screenshots):
 
     small = {"max_steps": 4, "batch_size": 8, "eval_steps": 2, "eval_prompts": 6, "learning_rate": 1e-3}
     for reference in ("fixed", "soft"):
-        output = str(server[2] / "runs" / reference)
+        output = str(server[2] / "finished" / reference)
         tr.train("little-tldr", reference=reference, tau=2, output=output, warmup_steps=0, **small)
-    page = opened("lab", "runs", [SETUP, "tr.widgets.runs_explorer('runs')",
-                                  "tr.widgets.playground(['runs/fixed', 'runs/soft'])"])
-    cell(page, 2)
-    runs = watched(cell(page, 1))
+    page, cells = opened("lab", "runs", [SETUP, "tr.widgets.runs_explorer('finished')",
+                                         "tr.widgets.playground(['finished/fixed', 'finished/soft'])"])
+    playground = shown_panel(page, cells, "playground")
+    runs = shown_panel(page, cells, "runs_explorer")
     first = shown(runs)
     runs.get_by_role("button", name="margin").click()
     second = until(lambda: shown(runs) != first and shown(runs))
     runs.locator("select").nth(1).select_option(label="0.6")  # alpha
     until(lambda: shown(runs) != second)
-    page.screenshot(path=screenshots / "lab-runs_explorer.png")
-    playground = watched(cell(page, 2))
     first = shown(playground)
     prompt = "SUBREDDIT: r/cats\n\nTITLE: My cat\n\nPOST: My aunt fed my cat.\n\nTL;DR:"
     playground.locator("textarea").fill(prompt)

@@ -14,6 +14,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from tralign_mini import plots
+from tralign_mini.overoptimization import Law
 from tralign_mini.plot_style import COLORS, label_ends, new_figure, png, shortened, style_axes
 
 FIGURES = (plots.training_curves, plots.kl_curves, plots.gold_curves, plots.overoptimization)
@@ -227,6 +228,28 @@ def test_figures_can_be_drawn_in_threads():
     for thread in threads:
         thread.join()
     assert len(set(images.values())) == 1 and len(images) == 4
+
+
+def test_frontiers_hold_runs_laws_and_ends():
+    law, d = Law(1.0, 0.5), np.array([0.0, 0.5, 1.0, 2.0])
+    tables = [pd.DataFrame({"run": f"{kind}{seed}", "reference": kind, "step": [0, 1, 2, 3],
+                            "distance": d * far, "gold": 0.3 + seed / 10 + law(d * far)})
+              for kind, far in (("soft", 1.0), ("fixed", 0.5)) for seed in (-1, 1)]
+    figure = plots.frontiers({"DPO": pd.concat(tables), "one seed": pd.concat(tables[::2])}, columns=2)
+    both, one = figure.axes
+    assert both.get_title(loc="left") == "DPO" and both.get_xlabel() and both.get_ylabel() == "gold reward"
+    for kind, far in (("soft", 2.0), ("fixed", 1.0)):
+        drawn = lines(both, COLORS[kind])
+        assert [len(line.get_xdata()) for line in drawn] == [4, 4, 100, 2]  # runs, law, interval
+        x, y = drawn[2].get_data()
+        assert x[-1] == far and y == pytest.approx(0.3 + law(x))
+        high = 0.3 + law(far) + 12.7062 * 0.2 / 2  # t with one degree of freedom, values 0.2 apart
+        assert drawn[3].get_ydata()[1] == pytest.approx(high, abs=1e-4)
+        [end] = [line for line in both.lines if list(line.get_xdata()) == [far]]
+        assert end.get_ydata() == pytest.approx([0.3 + law(far)])
+    assert both.get_ylim()[1] < 2 < high  # a long interval does not squeeze the runs
+    assert len(lines(one, COLORS["soft"])) == 3  # the interval of one run is NaN, so its line is empty
+    assert [text.get_text() for text in figure.legends[0].texts] == ["fixed", "soft"]
 
 
 def test_pyplot_is_never_loaded():

@@ -18,6 +18,7 @@ from test_report import write_run
 import tralign_mini as tr
 from tralign_mini import toy
 from tralign_mini.changes import read_changes
+from tralign_mini.overoptimization import Law
 from tralign_mini.plot_style import new_figure
 from tralign_mini.widgets import (
     live_run,
@@ -30,8 +31,9 @@ from tralign_mini.widgets import (
 from tralign_mini.widgets import panel as shared
 from tralign_mini.widgets.loss_explorer import UNITS, curves, jump
 from tralign_mini.widgets.reference_explorer import PAIRS, RATE, gradient, walk
-from tralign_mini.widgets.runs_explorer import course, find_runs, frontier
+from tralign_mini.widgets.runs_explorer import course, find_runs, law
 from tralign_mini.widgets.toy_explorer import ALPHAS, TAUS, mean_and_half, trained
+from tralign_mini.worlds import grid_directory
 
 LIVE = sys.modules["tralign_mini.widgets.live_run"]  # the file; by this name the package has the function
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -365,20 +367,46 @@ def test_curves_of_a_run(runs):
     record = next(record for record in table["record"] if record.directory.name == "hard")
     steps, values = course(record, "kl/initial")
     assert steps.tolist() == [5, 10, 15, 20] and values == pytest.approx([0.5, 1.0, 1.5, 2.0])
-    x, y = frontier(record, 0.35)
-    assert x == pytest.approx(np.sqrt([0, 0.5, 1.0, 1.5, 2.0]))
-    assert y == pytest.approx([0.35, 1.25, 1.5, 1.75, 2.0])
-    assert len(frontier(record, np.nan)[0]) == 4 and len(course(record, "nothing")[0]) == 0
+    assert len(course(record, "nothing")[0]) == 0
+
+
+def test_the_law_through_a_group_of_runs():
+    by_hand = Law(1.0, 0.5)
+    d = np.array([0, 0.5, 1.0, 2.0])
+    x, y = law([(d, 0.2 + by_hand(d)), (d, 0.4 + by_hand(d)), (d[1:], d[1:])])  # the last has no start
+    assert x[0] == 0 and x[-1] == 2 and y == pytest.approx(0.3 + by_hand(x))
+    assert law([(d[:3], d[:3])]) is None and law([]) is None
+
+
+def test_the_axes_follow_the_selected_runs(runs):
+    panel = runs_explorer(runs)
+    panel.shown.value = "kl/initial"
+    pictured(panel)
+    assert panel.axes[0].get_ylim()[1] >= 4  # the gain of seed 2 is 2
+    panel.filters["seed"].value = (1,)
+    pictured(panel)
+    assert 2 <= panel.axes[0].get_ylim()[1] < 4
+
+
+def test_the_shipped_grid_is_shown_by_default():
+    panel = runs_explorer()
+    pictured(panel)
+    assert len(panel.runs) == len(list(grid_directory().iterdir())) - 1  # README.md
+    assert "epochs" in panel.filters and not panel.message.value
+    assert seconds_of_a_picture(panel) < 0.15
+    panel.filters["epochs"].value, panel.filters["method"].value = (4.0,), ("DPO",)
+    pictured(panel)
+    assert all(" β " in name for name in panel.groups())
 
 
 def test_filters_and_groups_of_runs(runs):
     panel = runs_explorer(runs)
     first = pictured(panel)
     names = {name: len(rows) for name, rows in panel.groups().items()}
-    assert names == {"fixed β 0.1": 2, "soft α 0.6 τ 4 β 0.1": 2, "hard τ 10 β 0.5": 1}  # seeds are one group
+    assert names == {"fixed β 0.1": 2, "soft β 0.1": 2, "hard β 0.5": 1}  # seeds are one group
     panel.filters["beta"].value = (0.1,)
     assert pictured(panel) != first
-    assert len(panel.selected()) == 4 and list(panel.groups()) == ["fixed", "soft α 0.6 τ 4"]
+    assert len(panel.selected()) == 4 and list(panel.groups()) == ["fixed", "soft"]
     panel.filters["alpha"].value = (None,)
     panel.filters["seed"].value = (2,)
     assert panel.selected()["record"].iloc[0].directory.name == "fixed-2" and len(panel.selected()) == 1

@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from . import plot_style
+from .metrics import mean_interval
+from .overoptimization import fit_overoptimization
 from .plot_style import COLORS, DASHES, FAINT, INK, MARKERS, PALE, STEP, label_ends, new_figure, style_axes
 
 MOST_UPDATES_DRAWN = 40
@@ -27,6 +29,9 @@ TRAINING = {  # title: label of the y axis, columns
     "Reward accuracy": ("share of pairs", ["rewards/accuracy"]),
     "Log-probability of the completions": ("nats", ["logps/chosen", "logps/rejected"]),
     "KTO reference point z0": ("nats", ["kto/z0"]),
+    "Reward of the samples": ("reward model", ["reward/model"]),
+    "KL to the reference, before each step": ("nats a completion", ["kl/sequence"]),
+    "Entropy of the policy": ("nats a token", ["entropy"]),
 }
 # what a policy that equals its reference scores
 ZERO = {"rewards/margin": 0, "rewards/accuracy": 0.5, "kto/z0": 0}
@@ -130,6 +135,41 @@ def overoptimization(history: pd.DataFrame, initial_gold: float | None = None) -
     if initial_gold is not None:
         ax.plot(0, initial_gold, color=COLORS["initial"], marker="o", ms=9, mec="white", mew=1.5, zorder=4)
     ax.set_xlim(left=-0.01 * ax.get_xlim()[1])  # a line that starts at 0 is seen whole
+    return figure
+
+
+def frontiers(panels: dict[str, pd.DataFrame], columns: int = 2) -> Figure:
+    """Gold reward against distance, a panel for each setting, with the law R(d) = d (a - b log d).
+
+    panels: title -> rows of `overoptimization.evaluations`. Thin: a run. Bold: the law, through the points of
+    all seeds of a kind of reference. Large, with bars: the last step, mean over seeds, 95 % interval.
+    """
+    rows = -(-len(panels) // columns)
+    figure = new_figure(6 * columns, 3.7 * rows + 0.4)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[len(panels):]:
+        ax.remove()
+    kinds = [kind for kind in COLORS if any(kind in set(table["reference"]) for table in panels.values())]
+    for ax, (title, table) in zip(axes, panels.items()):
+        style_axes(ax, title, "√KL to the initial policy (√nats)", "gold reward")
+        start = table.loc[table["step"] == 0, "gold"].mean()
+        plot_style.initial_line(ax, start)
+        for kind in kinds:
+            group, look = table[table["reference"] == kind], {"color": COLORS[kind], "zorder": 3}
+            runs = group.groupby("run")
+            for _, run in runs:
+                ax.plot(run["distance"], run["gold"], lw=0.8, marker="o", ms=2.5, alpha=0.45, **look)
+            law = fit_overoptimization(group["distance"], group["gold"] - runs["gold"].transform("first"))
+            x = np.linspace(0, group["distance"].max(), 100)
+            ax.plot(x, start + law(x), lw=2.6, **look)
+            ends, (gold, low, high) = runs["distance"].last(), mean_interval(runs["gold"].last())
+            ax.plot(2 * [ends.mean()], [low, high], lw=2, alpha=0.5, **look)
+            ax.plot(ends.mean(), gold, marker="o", ms=11, mec="white", mew=1.5, **look)
+        low, room = table["gold"].min(), 0.1 * np.ptp(table["gold"])  # of the runs: a bar may be long
+        ax.set(xlim=(-0.01 * ax.get_xlim()[1], None), ylim=(low - room, low + 11 * room))
+    handles = [Line2D([], [], color=COLORS[kind], lw=2.6, label=kind) for kind in kinds]
+    look = {"frameon": False, "fontsize": 12, "labelcolor": INK}
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(kinds), **look)
     return figure
 
 

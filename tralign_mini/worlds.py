@@ -43,3 +43,8 @@ def data_directory(name: str) -> Path:
     """A world's folder: model/ (tokenizer and SFT model), train.jsonl.gz, test.jsonl.gz, README.md."""
     world(name)
     return data_root() / name
+
+
+def grid_directory() -> Path:
+    """The finished runs behind notebook 04, a folder each (recipe, metrics, samples), and their README.md."""
+    return data_root() / "grid"

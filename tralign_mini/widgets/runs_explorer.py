@@ -1,6 +1,7 @@
 """`tr.widgets.runs_explorer(directory)`: the runs below a directory, their curves, quality against distance.
 
-Only the files of the runs are read. A filter does not change the axes, so that pictures can be compared.
+Only the files of the runs are read. The axes follow the selected runs, or one that has run away would squeeze
+all others. Through the points of each group goes the law R(d) = d (a - b log d) of `overoptimization.py`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from pathlib import Path
 import ipywidgets
 import numpy as np
 import pandas as pd
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..overoptimization import fit_overoptimization, frontier
 from ..plot_style import COLORS, DASHES, INK, MARKERS, PALE, STEP, shortened, style_axes
 from ..record import Record, read
+from ..worlds import grid_directory
 from .panel import WIDTH, Panel, Picture, around, choice
 
 FILTERS = ("method", "alpha", "tau", "beta", "seed")  # always there; the others where they tell runs apart
@@ -27,7 +31,7 @@ COURSES = {  # column: label of the button, title, label of the axis
     "kl/initial": ("KL", "KL to the initial policy", "nats per completion"),
     "kl/reference": ("KL to the reference", "KL to the reference", "nats per completion"),
 }
-MOST_NAMED = 13  # lines of the legend; of more groups only the colours are explained
+MOST_NAMED = 9  # lines of the legend, slower to draw than all curves; of more groups only the colours
 
 
 def find_runs(directory) -> tuple[pd.DataFrame, list[str]]:
@@ -63,14 +67,6 @@ def course(record: Record, column: str) -> tuple[np.ndarray, np.ndarray]:
     return rows["step"].to_numpy(), values.to_numpy()
 
 
-def frontier(record: Record, initial_gold: float) -> tuple[np.ndarray, np.ndarray]:
-    """sqrt of the KL to the initial policy (noise below 0 is 0) and gold reward: start, then evaluations."""
-    rows = record.history.reindex(columns=["kl/initial", "gold/reward"]).dropna().to_numpy(float)
-    if len(rows) and np.isfinite(initial_gold):
-        rows = np.vstack([(0, initial_gold), rows])
-    return np.sqrt(rows[:, 0].clip(min=0)), rows[:, 1]
-
-
 class RunsExplorer(Panel):
     """Controls: filters (setting -> list box), shown. runs: the table of `find_runs`."""
 
@@ -85,14 +81,14 @@ class RunsExplorer(Panel):
                 options = sorted(set(values), key=lambda value: (value is None, value or 0))
                 named = [(_text(value), value) for value in options]
                 self.filters[name] = ipywidgets.SelectMultiple(
-                    options=named, value=options, rows=min(max(len(named), 2), 5), layout={"width": "110px"})
+                    options=named, value=options, rows=5, layout={"width": "110px"})
         boxes = [ipywidgets.VBox([ipywidgets.HTML(f"<b>{name}</b>"), box])
                  for name, box in self.filters.items()]
         records = self.runs["record"]
         there = [column for column in COURSES if any(column in record.history for record in records)]
         self.shown = choice({COURSES[column][0]: column for column in there}, there[0])
         self._curves = {column: [course(record, column) for record in records] for column in there}
-        self._curves["frontier"] = list(map(frontier, records, self.runs["initial_gold"]))
+        self._curves["frontier"] = list(map(frontier, records))
         figure = Figure(figsize=(WIDTH, 4.5), facecolor="white")
         self.axes = [figure.add_axes((left, 0.13, 0.33, 0.76)) for left in (0.06, 0.455)]
         style_axes(self.axes[1], "True quality against distance", "√KL to the initial policy", "gold reward")
@@ -112,13 +108,13 @@ class RunsExplorer(Panel):
     def groups(self) -> dict[str, pd.DataFrame]:
         """The selected runs, name -> those that differ in their seed alone."""
         runs, settings = self.selected(), [name for name in self.filters if name != "seed"]
-        varied = [name for name in settings if runs[name].nunique(dropna=False) > 1]
         groups = {}
         for _, rows in runs.groupby(settings, dropna=False, sort=False):
             first = rows.iloc[0]
-            said = [name for name in varied if name != "alpha" or first["kind"] == "soft"]
-            values = {name: first[name] for name in said if not pd.isna(first[name])}
-            words = [f"{SIGNS.get(key, '')} {_text(value)}".strip() for key, value in values.items()]
+            alike = runs[runs["kind"] == first["kind"]]  # alpha and tau are said where its kind has several
+            said = [name for name in settings
+                    if (alike if name in ("alpha", "tau") else runs)[name].nunique(dropna=False) > 1]
+            words = [f"{SIGNS.get(name, '')} {_text(first[name])}".strip() for name in said]
             groups[" ".join([first["kind"], *words])] = rows
         return dict(sorted(groups.items(), key=lambda item: list(COLORS).index(item[1]["kind"].iloc[0])))
 
@@ -126,9 +122,10 @@ class RunsExplorer(Panel):
         column, groups, artists, handles, seen = self.shown.value, self.groups(), [], [], []
         figure, (left, right) = self._picture.figure, self.axes
         style_axes(left, COURSES[column][1], STEP, COURSES[column][2])
+        runs = self.selected() if groups else self.runs
         for ax, what in ((left, column), (right, "frontier")):
-            x, y = (np.concatenate(side) for side in zip(*self._curves[what]))
-            gold = list(self.runs["initial_gold"].dropna()) if ax.get_ylabel() == "gold reward" else []
+            x, y = (np.concatenate(side) for side in zip(*(self._curves[what][i] for i in runs.index)))
+            gold = list(runs["initial_gold"].dropna()) if ax.get_ylabel() == "gold reward" else []
             if len(x):
                 ax.set(xlim=(-0.02 * x.max(), 1.03 * x.max()), ylim=around([*y, *gold]))
             if gold:
@@ -138,14 +135,16 @@ class RunsExplorer(Panel):
             i = seen.count(kind)
             seen.append(kind)
             look = {"color": COLORS[kind], "ls": DASHES[i % 4], "marker": MARKERS[i // 4 % 4], "mec": "white"}
+            look["lw"] = 2.4 if len(groups) <= MOST_NAMED else 1.2
             artists += _group(left, [self._curves[column][i] for i in rows.index], look | {"marker": ""})
-            artists += _group(right, [self._curves["frontier"][i] for i in rows.index], look)
-            handles.append(Line2D([], [], label=shortened(name), lw=2.4, ms=6, **look))
+            paths = [self._curves["frontier"][i] for i in rows.index]
+            artists += _group(right, paths, look, law(paths))
+            handles.append(Line2D([], [], label=shortened(name), ms=6, **look))
         if len(handles) > MOST_NAMED:
             handles = [Line2D([], [], label=kind, lw=2.4, color=COLORS[kind]) for kind in dict.fromkeys(seen)]
         look = {"frameon": False, "fontsize": 10.5, "labelcolor": INK, "handlelength": 2.2}
         artists.append(figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.79, 0.91), **look))
-        note = f"{len(self.selected())} of {len(self.runs)} runs; thin: a seed"
+        note = f"{len(self.selected())} of {len(self.runs)} runs; thin: a seed\nright, bold: d (a − b log d)"
         artists.append(figure.text(0.8, 0.05, note, fontsize=10.5, color=PALE))
         self._picture.moving = artists
         try:
@@ -155,26 +154,44 @@ class RunsExplorer(Panel):
                 artist.remove()
 
 
-def _group(ax, curves: list[tuple], look: dict) -> list:
-    """The mean over the runs; a thin line for each, where there are several; large, where they end."""
+def _group(ax, curves: list[tuple], look: dict, law: tuple | None = None) -> list:
+    """Bold: the law, or the mean over the runs; thin: each run, if several; large: where they end."""
     curves = [curve for curve in curves if len(curve[0])]
     if not curves:
         return []
-    several = curves if len(curves) > 1 else []
-    thin = [ax.plot(*curve, lw=0.9, alpha=0.35, color=look["color"])[0] for curve in several]
+    artists, dot = [], {"ls": "", "mew": 0.5, "ms": 4.5 if look["lw"] > 2 else 0}
+    if len(curves) > 1:
+        lines = [np.stack(curve, 1) for curve in curves]
+        thin = LineCollection(lines, lw=0.9, alpha=0.35, colors=look["color"])
+        artists.append(ax.add_collection(thin, autolim=False))
     length = min(len(x) for x, _ in curves)
     x, y = np.mean([(x[:length], y[:length]) for x, y in curves], 0)
-    ends = ax.plot(x[-1:], y[-1:], ms=10, mew=1.3, **look) if look["marker"] else []
-    return [*thin, *ax.plot(x, y, lw=2.4, ms=4.5, mew=0.5, **look), *ends]
+    artists += ax.plot(*(law or (x, y)), **look | {"marker": ""})
+    if look["marker"]:
+        artists += ax.plot(x, y, **look | dot)
+        artists += ax.plot(x[-1:], y[-1:], **look | dot | {"ms": 4 * look["lw"]})
+    return artists
+
+
+def law(paths: list[tuple]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The law through the points of all runs of a group, from the start to the farthest; None: too few."""
+    paths = [path for path in paths if len(path[0]) and path[0][0] == 0]  # with a start
+    distance = np.concatenate([x for x, _ in paths] or [[]])
+    if len(set(distance)) < 4:  # the start, and more points than the law has numbers
+        return None
+    law = fit_overoptimization(distance, np.concatenate([y - y[0] for _, y in paths]))
+    x = np.linspace(0, distance.max(), 60)
+    return x, np.mean([y[0] for _, y in paths]) + law(x)
 
 
 def _text(value) -> str:
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def runs_explorer(directory="runs") -> RunsExplorer:
+def runs_explorer(directory=None) -> RunsExplorer:
     """Finished runs below a directory: filter them, see their curves, and gold reward against sqrt(KL).
 
-    Colours tell the reference: blue fixed, orange soft, green hard. Bold lines are means over seeds.
+    directory: by default the grid that ships with the package. Colours tell the reference: blue fixed, orange
+    soft, green hard. Bold: on the left means over seeds, on the right the law R(d) = d (a - b log d).
     """
-    return RunsExplorer(directory)
+    return RunsExplorer(directory or grid_directory())
