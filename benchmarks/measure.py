@@ -129,13 +129,13 @@ def _status(name: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":")), 0)
 
 
-def _ours(job: Job, folder: Path) -> Result:
-    from tralign_mini import AlignmentTrainer, Recipe, make_reference
-    from tralign_mini.models import load_policy
+def recipe_of(job: Job, folder: Path):
+    """The recipe of a job of ours."""
+    from tralign_mini import Recipe
 
     lengths = {name: max(len(row[name]) for row in job.rows) for name in job.rows[0]}
     moving = {"reference": "soft", "alpha": ALPHA, "tau": job.tau} if job.tau else {"reference": "fixed"}
-    recipe = Recipe(
+    return Recipe(
         model=job.model, data="none", method="dpo", beta=BETA, **moving, tuning=job.tuning,
         lora_rank=LORA_RANK, batch_size=job.batch_size, micro_batch_size=job.micro_batch_size,
         max_steps=job.steps, learning_rate=LEARNING_RATE,
@@ -143,6 +143,13 @@ def _ours(job: Job, folder: Path) -> Result:
         max_prompt_tokens=lengths["prompt_ids"],
         max_completion_tokens=max(lengths["chosen_ids"], lengths["rejected_ids"]), output=str(folder),
     )
+
+
+def _ours(job: Job, folder: Path) -> Result:
+    from tralign_mini import AlignmentTrainer, make_reference
+    from tralign_mini.models import load_policy
+
+    recipe = recipe_of(job, folder)
     tokenizer, clock = _tokenizer(job), Clock()
     policy = load_policy(recipe)
     reference = make_reference(policy, rank=None if job.tuning == "full" else recipe.reference_rank)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,17 @@ from transformers import (
 
 VOCAB = 64
 PAD, EOS, UNK = 0, 1, 2  # three different tokens, so that a confusion of padding and EOS shows
+
+
+def two_processes(script: str, folder: Path, *arguments: str) -> None:
+    """Run a script as two gloo processes on the CPU that can import the tests; AssertionError if it fails."""
+    (folder / "worker.py").write_text(script)
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, str(folder / "worker.py"), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-6000:]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -120,7 +120,8 @@ def test_pairs_are_collated_chosen_first_then_rejected():
     ]
     batch = collate_rows(rows, "dpo", PAD)
     assert batch.keys() == {"sequences"}
-    assert unpacked(batch["sequences"]) == [([5, 6], [7, EOS]), ([9], [10]), ([5, 6], [8]), ([9], [11, 12, EOS])]
+    expected = [([5, 6], [7, EOS]), ([9], [10]), ([5, 6], [8]), ([9], [11, 12, EOS])]
+    assert unpacked(batch["sequences"]) == expected
 
 
 def test_with_a_limit_the_same_completions_share_their_prompts():

@@ -11,15 +11,13 @@ from helpers import make_trainer, metrics, tiny_run
 import tralign_mini as tr
 from tralign_mini.changes import read_changes, region_at, rewind_changes, write_change
 
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    monkeypatch.setattr(tr.Run, "report", lambda self: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def steer(step):
     """Fixed for two steps, then a soft update in every step, then a hard one every three."""
-    return tr.TrustRegion.fixed() if step < 3 else tr.TrustRegion.soft(0.5) if step < 6 else tr.TrustRegion.hard(3)
+    late = tr.TrustRegion.soft(0.5) if step < 6 else tr.TrustRegion.hard(3)
+    return tr.TrustRegion.fixed() if step < 3 else late
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +29,8 @@ def steered(tmp_path_factory):
 
 def test_each_step_uses_what_the_control_says_before_it(steered):
     rows = metrics(steered / "live")
-    assert [(row["alpha"], row["tau"]) for row in rows] == [(None, None)] * 2 + [(0.5, 1)] * 3 + [(1.0, 3)] * 3
+    expected = [(None, None)] * 2 + [(0.5, 1)] * 3 + [(1.0, 3)] * 3
+    assert [(row["alpha"], row["tau"]) for row in rows] == expected
     assert [row["reference_updates"] for row in rows] == [0, 0, 1, 2, 3, 4, 4, 4]  # hard: at step 6 alone
 
 
@@ -73,7 +72,7 @@ def test_a_recipe_with_a_fixed_reference_can_be_moved_and_then_uses_no_cached_lo
     settings = tiny_run(steered, output=str(steered / "from-fixed"))
     tr.train(settings, control=lambda step: tr.TrustRegion.hard(1))
     rows = metrics(steered / "from-fixed")
-    assert all(abs(row["rewards/margin"]) < 1e-6 for row in rows)  # alpha = 1, tau = 1: no margin before the step
+    assert all(abs(row["rewards/margin"]) < 1e-6 for row in rows)  # alpha = 1, tau = 1: none before the step
     assert rows[-1]["reference_updates"] == 8
 
 
@@ -95,7 +94,8 @@ def test_a_line_cut_off_by_a_kill_does_not_count(tmp_path):
 def test_the_last_change_up_to_a_step_holds():
     start, one, two = tr.TrustRegion.fixed(), tr.TrustRegion.soft(0.1), tr.TrustRegion.hard(2)
     changes = [(3, one), (5, two)]
-    assert [region_at(changes, step, start) for step in (1, 2, 3, 4, 5, 9)] == [start, start, one, one, two, two]
+    found = [region_at(changes, step, start) for step in (1, 2, 3, 4, 5, 9)]
+    assert found == [start, start, one, one, two, two]
 
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, metrics, tiny_llama, tiny_run
+from helpers import assert_close, metrics, tiny_llama, tiny_run, two_processes
 from safetensors.torch import load_file
 
 import tralign_mini as tr
@@ -71,10 +68,7 @@ for name, settings in runs_of_test.items():
     save_file(tensors, f"{folder}/{name}-{rank}.safetensors")
 """
 
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    monkeypatch.setattr(tr.Run, "report", lambda self: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def settings_of(folder, name, where):
@@ -86,23 +80,8 @@ def settings_of(folder, name, where):
 def folder(tmp_path_factory):
     """All runs on two processes, in one launch; what each process saw lies in <run>-<rank>.safetensors."""
     folder = tmp_path_factory.mktemp("distributed")
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
     settings = json.dumps({name: settings_of(folder, name, "two") for name in RUNS})
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-    ]
-    done = subprocess.run(
-        [*command, settings, str(folder)], env=environment, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-6000:]
+    two_processes(WORKER, folder, settings, str(folder))
     return folder
 
 

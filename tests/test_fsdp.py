@@ -5,14 +5,10 @@ The trainer itself refuses FSDP; this is about `CompletionScorer`, whose forward
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from engine_helpers import assert_same_gradients, build, gradients_of, packed, random_groups, weighted
+from helpers import two_processes
 from safetensors.torch import load_file
 
 from tralign_mini.logprobs import CompletionScorer
@@ -63,14 +59,7 @@ dist.destroy_process_group()
 def folder(tmp_path_factory):
     """What both processes found: <family> <variant> <rank>.safetensors."""
     folder = tmp_path_factory.mktemp("fsdp")
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, str(script), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-6000:]
+    two_processes(WORKER, folder, str(folder))
     return folder
 
 

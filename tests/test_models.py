@@ -332,5 +332,5 @@ print(sum(faults() for _ in range(10)))
 """
     kept, given_back = (int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True,
                                            check=True).stdout) for how in ("keep", "default"))
-    pages = 2**14  # in 64 MiB. What is kept may lie badly aligned for the next tensor, so not every fault is spared
+    pages = 2**14  # in 64 MiB. What is kept may lie badly aligned for the next one, so some faults remain
     assert kept < 7 * pages and given_back >= 10 * pages

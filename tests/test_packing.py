@@ -33,6 +33,8 @@ def test_two_pairs_one_behind_the_other():
         "source": [[2, 3, 0], [6, 0, 0], [2, 0, 0], [6, 8, 9]],
         "target": [[10, 11, 0], [20, 0, 0], [12, 0, 0], [21, 22, 23]],
         "counted": [[True, True, False], [True, False, False], [True, False, False], [True, True, True]],
+        "last": [4, 7, 5, 10],
+        "spans": [[0, 3, 6], [0, 1, 5]],
     }
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
 
@@ -47,6 +49,8 @@ def test_two_pairs_in_a_row_each():
         "source": [[8, 9, 0], [0, 0, 0], [8, 0, 0], [0, 2, 3]],
         "target": [[10, 11, 0], [20, 0, 0], [12, 0, 0], [21, 22, 23]],
         "counted": [[True, True, False], [True, False, False], [True, False, False], [True, True, True]],
+        "last": [10, 1, 11, 4],
+        "spans": [[0, 1, 5], [1, 3, 6]],
     }
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
     assert batch["input_ids"].dtype == batch["source"].dtype == torch.int64
@@ -71,6 +75,8 @@ def test_what_is_scored_are_the_completions_in_their_order_whatever_the_rows(gro
         assert completion == ids
         assert prompt == own or not counted.any()
     ids, positions = batch["input_ids"].flatten(), batch["position_ids"].flatten()
+    for (_, completion), last in zip(expected, batch["last"], strict=True):
+        assert ids[last] == completion[-1] if completion else last == 0
     for (prompt, completion), source in zip(expected, batch["source"], strict=True):
         before = [*prompt, *completion][len(prompt) - 1 : -1] if completion else []
         assert ids[source[: len(completion)]].tolist() == before

@@ -21,6 +21,7 @@ from tralign_mini.checkpoint import checkpoints
 from tralign_mini.reference import AdapterReference, FrozenReference
 from tralign_mini.reference_cache import _hash, cache_directory, cached_logps
 
+pytestmark = pytest.mark.usefixtures("no_report")
 ROWS = [{"prompt_ids": [3] * (1 + i % 3), "chosen_ids": [i], "rejected_ids": [i, 4]} for i in range(7)]
 CONDITIONS = {"start": "abc", "dtype": "torch.float32", "average": False}
 
@@ -173,11 +174,6 @@ def frozen_heap():
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    monkeypatch.setattr(tr.Run, "report", lambda self: None)
 
 
 @pytest.fixture

@@ -43,10 +43,7 @@ REFERENCES = {
     "hard": {"reference": "hard", "tau": 3},  # the kill falls between two updates
 }
 
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    monkeypatch.setattr(tr.Run, "report", lambda self: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,7 @@ def test_a_folder_by_the_name_of_a_world_does_not_hide_it(tmp_path, monkeypatch)
         asked.append((recipe.model, recipe.data))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "load_rows", stop)
+    monkeypatch.setattr(runs, "split_rows", stop)
     with pytest.raises(KeyboardInterrupt):
         tr.train({"model": "little-tldr"}, output=str(tmp_path / "run"))
     assert asked == [("little-tldr", "little-tldr")]

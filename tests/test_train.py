@@ -31,10 +31,7 @@ from tralign_mini.data import collate
 WITH_REFERENCE = ("dpo", "ipo", "kto")
 METHODS = (*WITH_REFERENCE, "orpo", "simpo", "sft")
 
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    monkeypatch.setattr(tr.Run, "report", lambda self: None)
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture(scope="module")

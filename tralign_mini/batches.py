@@ -30,7 +30,8 @@ class StepStream(Dataset):
 
     def __init__(self, rows: list[dict], recipe: Recipe, steps: int):
         self.rows, self.recipe = rows, recipe
-        self.reference_logps: dict[int, list[float]] | None = None  # of one that never moves (kto: by position)
+        # of a reference that never moves, by row (kto: by position)
+        self.reference_logps: dict[int, list[float]] | None = None
         epochs = math.ceil(steps * recipe.batch_size / len(rows))
         order = [
             np.random.default_rng([recipe.seed, epoch]).permutation(len(rows)) for epoch in range(epochs)
@@ -81,21 +82,23 @@ class StepStream(Dataset):
 
 
 def group_of(row: dict) -> Group:
-    """A row's prompt with the completions that can share it: of a pair both, of kto the mismatched one, too."""
+    """A row's prompt and the completions that can share it: of a pair both, of kto the mismatched one too."""
     names = ("chosen_ids", "rejected_ids", "completion_ids", "mismatched_ids")
     return row["prompt_ids"], [row[name] for name in names if name in row]
 
 
-def collate_rows(rows: list[dict], method: str, pad_token_id: int, *, hidden_size: int = 0, limit: int = 0) -> dict:
+def collate_rows(rows: list[dict], method: str, pad_token_id: int, *, hidden_size: int = 0,
+                 limit: int = 0) -> dict:
     """One micro-batch: `sequences` to score, and what the method needs beside them.
 
     Paired methods: 2B completions, all chosen, then all rejected. KTO: B completions, `desirable` (B,), and
     `mismatched`, the same prompts with completions of other prompts. SFT: B completions. With a `limit` (of
-    `sharing.row_limit`) the two completions of a row share their prompt in packed rows; KTO's `sequences` then
-    hold both, 2B, all matched ones first.
+    `sharing.row_limit`) the two completions of a row share their prompt in packed rows; KTO's `sequences`
+    then hold both, 2B, all matched ones first.
     """
     groups = [group_of(row) for row in rows]
-    sequences = [[(prompt, completions[i]) for prompt, completions in groups] for i in range(len(groups[0][1]))]
+    each = range(len(groups[0][1]))
+    sequences = [[(prompt, completions[i]) for prompt, completions in groups] for i in each]
     packed = {}
     if limit and len(sequences) == 2:
         packed = pack(groups, pad_token_id, hidden_size=hidden_size, limit=limit)

@@ -1,4 +1,4 @@
-"""What happens around an optimizer step besides learning: the reference moves, a bar shows it, a stop loses nothing."""
+"""What happens around an optimizer step: the reference moves, a bar shows it, a stop loses nothing."""
 
 from __future__ import annotations
 

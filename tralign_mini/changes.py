@@ -22,7 +22,7 @@ def write_change(directory: Path, step: int, region: TrustRegion) -> None:
 
 
 def read_changes(directory: Path) -> list[tuple[int, TrustRegion]]:
-    """(step, trust region) of each change, in order; a last line that was cut off by a kill does not count."""
+    """(step, trust region) of each change, in order; a last line that a kill cut off does not count."""
     path = Path(directory) / FILE
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]

@@ -92,9 +92,9 @@ def _load_hub(name: str, split: str) -> datasets.Dataset:
     except Exception as error:  # network, permission, unknown name: the Hub's libraries raise dozens of types
         kind = ValueError if isinstance(error, ValueError) else ConnectionError  # a missing split; all else
         raise kind(f"{looked} It failed with {type(error).__name__}: {str(error).strip()[:400]}\n"
-                   "Without a network give a local file, data=path/to/file.jsonl.gz (or .json, .csv, .parquet,"
-                   f" or a folder with train.* and test.*), or an embedded world, data={WORLDS[0]}. What was"
-                   " downloaded before is found with HF_HUB_OFFLINE=1.") from error
+                   "Without a network give a local file, data=path/to/file.jsonl.gz (or .json, .csv,"
+                   f" .parquet, or a folder with train.* and test.*), or an embedded world, data={WORLDS[0]}."
+                   " What was downloaded before is found with HF_HUB_OFFLINE=1.") from error
     known = {column for columns, _ in _FORMS for column in columns}
     used = [column for column in raw.column_names if column in known] or raw.column_names
     return _to_schema(enumerate(raw.select_columns(used), start=1), f"{repository} ({arguments['split']})")

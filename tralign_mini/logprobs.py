@@ -3,7 +3,7 @@
 Everything asks `completion_logps` (in training: `CompletionScorer`). It takes one of two batches, dicts of
 tensors: whole sequences, padded on the right (`data.collate`),
 
-    input_ids, attention_mask, completion_mask   (n, L): completion_mask is True on exactly the counted tokens,
+    input_ids, attention_mask, completion_mask   (n, L); completion_mask: True on exactly the counted tokens,
 
 or rows in which the completions of a prompt share it (`packing.pack`), so that it is computed once. Either
 way the vocabulary projection, often a third of the work, runs only where a counted token is predicted.
@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
+
+from .attention import by_group, know_groups
 
 LOGIT_BYTES = 2**27  # float32 logits that are held at once; with more of them each part is computed twice
 SEQUENCES = ("input_ids", "attention_mask", "completion_mask")
@@ -33,23 +36,33 @@ def completion_logps(model, batch, *, average=False) -> torch.Tensor:
     it can be exact. Its train/eval mode is left as it is, so dropout acts if it is on. ValueError for a batch
     whose masks contradict each other.
     """
-    if "position_ids" in batch:
-        source, target, counted = batch["source"], batch["target"], batch["counted"]
-        names = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-        inputs = names | {"attention_mask": shared_prompt_mask(model, batch["group"], batch["branch"])}
-    else:
-        input_ids, attention_mask, completion_mask = _checked(batch)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        # The token at t is predicted at t - 1: drop the first token and the last prediction
-        places = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
-        source, target, counted = places[:, :-1], input_ids[:, 1:], completion_mask[:, 1:]
-    token_logps = _token_logps(model, inputs, source[counted], target[counted])
+    token_logps, counted = completion_token_logps(model, batch)
     return _per_completion(token_logps, counted, average)
 
 
+def completion_token_logps(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by token: (tokens,), one completion after the other, and where they stand, (n, C) bool."""
+    inputs, source, target, counted = predictions(model, batch)
+    return _token_logps(model, inputs, source[counted], target[counted]), counted
+
+
+def predictions(model, batch) -> tuple[dict, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The model's inputs; then, (n, C): flat positions that predict, tokens predicted, which count."""
+    if "position_ids" in batch:
+        names = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+        mask = shared_prompt_mask(model, batch["group"], batch["branch"], batch.get("spans"))
+        inputs = names | {"attention_mask": mask}
+        return inputs, batch["source"], batch["target"], batch["counted"]
+    input_ids, attention_mask, completion_mask = checked(batch)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    # The token at t is predicted at t - 1: drop the first token and the last prediction
+    places = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
+    return inputs, places[:, :-1], input_ids[:, 1:], completion_mask[:, 1:]
+
+
 def plain_completion_logps(model, batch, *, average=False) -> torch.Tensor:
-    """`completion_logps` of whole sequences the plain way: all logits, one gather. Slow, and easy to believe."""
-    input_ids, attention_mask, completion_mask = _checked(batch)
+    """`completion_logps` of whole sequences the plain way: all logits, one gather. Slow, easy to believe."""
+    input_ids, attention_mask, completion_mask = checked(batch)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1].float()
     token_logps = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)  # (n, L - 1)
     counted = completion_mask[:, 1:]
@@ -59,26 +72,29 @@ def plain_completion_logps(model, batch, *, average=False) -> torch.Tensor:
 class CompletionScorer(nn.Module):
     """A causal LM whose `forward(**batch)` *is* `completion_logps`: the module to hand to Trainer.
 
+    score: another function of model and batch instead; for a reward model it is `reward.completion_rewards`.
+
     DDP and FSDP exchange gradients and gather weights in hooks around the `forward` of the module they wrap.
     Log-probs computed beside it, on the model inside, would skip these hooks: the processes drift apart.
     """
 
-    def __init__(self, model: nn.Module, *, average: bool = False):
+    def __init__(self, model: nn.Module, *, average: bool = False, score=None):
         super().__init__()
         self.model = model
-        self.average = average
+        self.score = score or partial(completion_logps, average=average)
 
     def forward(self, **batch) -> torch.Tensor:
-        return completion_logps(self.model, batch, average=self.average)
+        return self.score(self.model, batch)
 
 
-def shared_prompt_mask(model, group: torch.Tensor, branch: torch.Tensor):
+def shared_prompt_mask(model, group: torch.Tensor, branch: torch.Tensor, spans: torch.Tensor | None = None):
     """Who sees whom in packed rows, for the attention that `model` uses.
 
-    group, branch: (rows, L), as in `packing.pack`. A token sees what came before it in its own group: the
-    prompt (branch 0) and its own completion, never another one. SDPA gets (rows, 1, L, L), True where position
-    i (of the L before last) sees j; eager attention adds its mask to the scores, so it gets 0 and the lowest
-    number instead; FlexAttention gets the same rule as a block mask, and skips blocks in which nobody sees any.
+    group, branch: (rows, L), and spans, as in `packing.pack`. A token sees what came before it in its own
+    group: the prompt (branch 0) and its own completion, never another one. SDPA gets (rows, 1, L, L), True
+    where position i (of the L before last) sees j; eager attention adds its mask to the scores, so it gets 0
+    and the lowest number instead; FlexAttention gets the same rule as a block mask, and skips blocks in which
+    nobody sees any.
     """
     rows, length = group.shape
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
@@ -93,13 +109,13 @@ def shared_prompt_mask(model, group: torch.Tensor, branch: torch.Tensor):
     mine = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
     allowed = (causal & same_group & mine)[:, None]
     if attention != "eager":
-        return allowed
+        return know_groups(allowed, spans) if spans is not None and by_group(model) else allowed
     dtype = next(model.parameters()).dtype
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def _per_completion(token_logps, counted, average):
-    """Sums (or means) of tokens, (tokens,), that stand one after the other where `counted`, (n, C), is True."""
+    """Sums (or means) of tokens, (tokens,), that stand one after the other where `counted`, (n, C)."""
     sums = token_logps.new_zeros(counted.shape).masked_scatter(counted, token_logps).sum(-1)
     return sums / counted.sum(-1).clamp(min=1) if average else sums
 
@@ -153,8 +169,9 @@ def _backbone_and_head(model):
         known = _is_all_there_is(model, backbone, head, softcap)
         _KNOWN[model] = head, known
         if not known:
-            warnings.warn(f"{type(causal_lm).__name__} does more to its logits than one projection: all of them are "
-                          "computed, also where no completion token is predicted. This takes time and memory.",
+            warnings.warn(f"{type(causal_lm).__name__} does more to its logits than one projection: all of "
+                          "them are computed, where no completion token is predicted, too. This takes "
+                          "time and memory.",
                           stacklevel=3)
     return (backbone, head, softcap) if known else None
 
@@ -176,11 +193,11 @@ def _is_all_there_is(model, backbone, head, softcap) -> bool:
             and torch.equal(_capped(seen["output"], softcap), logits))
 
 
-def _checked(batch):
+def checked(batch):
     """input_ids, attention_mask, completion_mask (bool), of a batch that can only mean one thing."""
     if missing := [name for name in SEQUENCES if name not in batch]:
-        raise ValueError(f"the batch has no {', '.join(missing)}. It needs {', '.join(SEQUENCES)}, each of shape "
-                         "(sequences, length): collate makes them.")
+        raise ValueError(f"the batch has no {', '.join(missing)}. It needs {', '.join(SEQUENCES)}, each of "
+                         "shape (sequences, length): collate makes them.")
     input_ids, attention_mask, completion_mask = (batch[name] for name in SEQUENCES)
     if input_ids.ndim != 2 or not input_ids.shape == attention_mask.shape == completion_mask.shape:
         shapes = ", ".join(f"{name} {tuple(batch[name].shape)}" for name in SEQUENCES)

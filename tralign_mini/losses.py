@@ -3,6 +3,7 @@
 With a reference policy (fixed or moving: arXiv 2404.09656 keeps these losses and moves the reference):
 DPO (arXiv 2305.18290), IPO (arXiv 2310.12036), KTO (arXiv 2402.01306).
 Without one, as a contrast: ORPO (arXiv 2403.07691), SimPO (arXiv 2405.14734).
+Of a reward model and not of a policy: Bradley-Terry.
 
 Every `*_logps` is a tensor of shape (batch,): log p(completion | prompt), one number per completion. All
 arithmetic is float32. Finite inputs give finite losses and gradients (up to 1e18: IPO squares its margin).
@@ -117,6 +118,17 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, *, beta, gamma) -> Pr
     return _with_rewards(losses, beta * chosen, beta * rejected)
 
 
+def bradley_terry_loss(chosen_rewards, rejected_rewards) -> PreferenceLoss:
+    """Bradley-Terry: -log sigmoid(r_chosen - r_rejected), the negative log-likelihood of the label.
+
+    Rewards (batch,) of a reward model, one number per completion. Adding a constant to all of a prompt's
+    rewards changes nothing. ValueError for other shapes.
+    """
+    chosen, rejected = _checked("rewards", "completion_rewards",
+                                chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
+    return _with_rewards(-F.logsigmoid(chosen - rejected), chosen, rejected)  # arXiv 2203.02155, eq. 1
+
+
 def _with_rewards(losses, chosen_rewards, rejected_rewards):
     return PreferenceLoss(losses, chosen_rewards.detach(), rejected_rewards.detach())
 
@@ -137,23 +149,23 @@ def _log_1m_exp(logps):
     return torch.log(-torch.expm1(logps.clamp(max=-1e-6)))
 
 
-def _checked(**logps):
+def _checked(what="log-probabilities", made_by="completion_logps", /, **values):
     """The tensors in float32, in order; ValueError unless all are floating-point, of one shape (batch,)."""
-    for name, value in logps.items():
+    for name, value in values.items():
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             raise ValueError(
-                f"{name} is {_describe(value)}, but log-probabilities are a floating-point tensor of shape "
-                "(batch,). Token ids or labels are not log-probabilities: completion_logps makes them.")
+                f"{name} is {_describe(value)}, but {what} are a floating-point tensor of shape "
+                f"(batch,). Token ids or labels are not {what}: {made_by} makes them.")
         if value.ndim != 1:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}, but a loss takes one number per completion, "
                 "(batch,). Are these per-token log-probs? Sum them first, over the completion's tokens only.")
-    shapes = {name: tuple(value.shape) for name, value in logps.items()}
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(
             f"the shapes differ: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}. Entry i "
             "of each belongs to example i, so nothing is broadcast. Pass tensors of one length.")
-    return [value.float() for value in logps.values()]
+    return [value.float() for value in values.values()]
 
 
 def _check_desirable(desirable, shape):

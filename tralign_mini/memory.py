@@ -54,8 +54,11 @@ def predict(recipe: Recipe, rows: list[dict] | None = None) -> Prediction:
 
     rows: as `prepare` makes them, for the peak over these; by default all rows are as long as the recipe
     allows, which real ones seldom are. On a CPU the bytes are resident memory beyond that of the imported
-    libraries. ValueError if the recipe's model has no config here, or its code cannot do without numbers.
+    libraries. ValueError for method=ppo, and if the model has no config here, or code that needs numbers.
     """
+    if recipe.method == "ppo":
+        raise ValueError("the memory of method=ppo is not predicted: it holds a value function and a reward "
+                         "model, too, and samples. Try a short run: max_steps=3.")
     device = this_process().device
     with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of PEFT's calls
         rehearsal = Rehearsal(recipe, on_cpu=device.type == "cpu")

@@ -35,7 +35,7 @@ class StepSums:
 
 
 def micro_batch_loss(recipe: Recipe, logps, reference_logps, inputs: dict, sums: StepSums) -> torch.Tensor:
-    """The part of the step's loss that this micro-batch adds, from the log-probs of its completions."""
+    """The part of the step's loss that this micro-batch adds, from the log-probs (reward: rewards)."""
     if recipe.method == "sft":
         tokens = inputs["sequences"]["completion_mask"].sum()
         sums.add("loss", -logps, tokens)
@@ -47,20 +47,28 @@ def micro_batch_loss(recipe: Recipe, logps, reference_logps, inputs: dict, sums:
 
 def _paired(recipe, logps, reference_logps, inputs, sums):
     chosen, rejected = logps.chunk(2)
+    if recipe.method == "reward":
+        result = losses.bradley_terry_loss(chosen, rejected)
+        _add_rewards(sums, result)
+        return result.losses
     settings = {"dpo": {"label_smoothing": recipe.label_smoothing}, "simpo": {"gamma": recipe.simpo_gamma}}
     settings = settings.get(recipe.method, {}) | {"beta": recipe.beta}
     references = () if reference_logps is None else reference_logps.chunk(2)
     result = getattr(losses, f"{recipe.method}_loss")(chosen, rejected, *references, **settings)
     for name, values, reference in zip(("chosen", "rejected"), (chosen, rejected), references):
         sums.add(f"logratio/{name}", values - reference)
+    _add_rewards(sums, result)
+    sums.add("logps/chosen", chosen)
+    sums.add("logps/rejected", rejected)
+    return result.losses
+
+
+def _add_rewards(sums, result):
     sums.add("loss", result.losses)
     sums.add("rewards/chosen", result.chosen_rewards)
     sums.add("rewards/rejected", result.rejected_rewards)
     sums.add("rewards/margin", result.chosen_rewards - result.rejected_rewards)
     sums.add("rewards/accuracy", (result.chosen_rewards > result.rejected_rewards).float())
-    sums.add("logps/chosen", chosen)
-    sums.add("logps/rejected", rejected)
-    return result.losses
 
 
 def _kto(recipe, logps, reference_logps, inputs, sums):

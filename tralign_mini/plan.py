@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-WITHOUT_REFERENCE = ("orpo", "simpo", "sft")
+WITHOUT_REFERENCE = ("orpo", "simpo", "sft", "reward")
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,12 @@ class Plan:
             tuning += f", reference rank {recipe.reference_rank}"
         epochs = self.steps * recipe.batch_size / self.rows
         method = f"{recipe.method}, beta {recipe.beta:g}, {recipe.logps} of log-probs over tokens"
+        if recipe.method == "ppo":
+            method = f"ppo, KL coefficient {recipe.kl_coef:g}, reward {recipe.reward_model or 'a function'}"
         lines = {
             "model": recipe.model,
             "data": f"{recipe.data}, {self.rows} {self.unit}",
-            "method": recipe.method if recipe.method == "sft" else method,
+            "method": recipe.method if recipe.method in ("sft", "reward") else method,
             "reference": reference,
             "tuning": f"{tuning}, learning rate {recipe.learning_rate:g}, {recipe.lr_scheduler}",
             "steps": f"{self.steps} of {recipe.batch_size} {self.unit}, {epochs:.3g} epochs",

@@ -29,6 +29,8 @@ Positive = Annotated[float, Field(gt=0)]
 # The method that reads a setting; with another one, a value other than the default is reported as unused.
 USED_BY = {"label_smoothing": "dpo", "simpo_gamma": "simpo"}
 USED_BY |= {"desirable_weight": "kto", "undesirable_weight": "kto"}
+# whose loss has no margin that beta scales (ppo has kl_coef instead), or no log-probs
+UNUSED = {"sft": ("beta",), "ppo": ("beta",), "reward": ("beta", "logps")}
 
 
 class Recipe(BaseModel):
@@ -41,8 +43,8 @@ class Recipe(BaseModel):
     """start of training, initial policy: an embedded world, a name on the Hub, a folder (PEFT too)"""
     data: Text = None  # None here and below: filled in by _derived
     """an embedded world, hh, tldr, ultrafeedback, a name on the Hub, a file (default: the world in model)"""
-    method: Literal["dpo", "ipo", "kto", "orpo", "simpo", "sft"] = "dpo"
-    """the loss; orpo, simpo and sft have no reference"""
+    method: Literal["dpo", "ipo", "kto", "orpo", "simpo", "sft", "reward"] = "dpo"
+    """the loss; orpo, simpo and sft have no reference; reward trains a reward model and no policy"""
     reference: Literal["fixed", "soft", "hard"] = "fixed"
     """fixed: stays at the start; soft: moves a part of the way to the policy; hard: becomes the policy"""
     alpha: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -74,7 +76,7 @@ class Recipe(BaseModel):
     """rank of the reference's adapter (default: 4 * lora_rank)"""
 
     learning_rate: Positive = None
-    """peak learning rate of AdamW (default: 1e-6 for full, 1e-5 for lora and qlora)"""
+    """peak learning rate of AdamW (default: 1e-6 for full, 1e-5 for lora and qlora; reward: 10 times that)"""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
     """course of the learning rate after the warm-up; linear and cosine end at 0"""
     warmup_steps: int = Field(0, ge=0)
@@ -98,10 +100,12 @@ class Recipe(BaseModel):
     train_pairs: Count | None = None
     """train on only so many pairs (kto and sft: completions), the first of the seeded order (default: all)"""
 
+    eval_data: Text | None = None
+    """whose test split has the held-out prompts; if a world, with its gold reward (default: data)"""
     eval_steps: Count = 50
-    """steps between two measurements on the policy's own samples"""
+    """steps between two measurements on the policy's own samples (reward: on held-out pairs)"""
     eval_prompts: Count = 200
-    """held-out prompts for these samples"""
+    """held-out prompts for these samples (reward: whose pairs are taken)"""
     save_steps: Count = 100
     """steps between two checkpoints"""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -180,6 +184,9 @@ class Recipe(BaseModel):
             settings, title = source.model_dump(), "recipe"
         else:
             settings, title = (dict(source), "recipe") if isinstance(source, Mapping) else read(source)
+        if "mpo" in (settings.get("method"), overrides.get("method")):
+            raise RecipeError(["method=mpo is several runs in one directory: tralign mpo RECIPE, or in "
+                               "Python train_mpo"], title)
         derived = _derived(settings)
         if overrides.get("model", settings.get("model")) not in WORLDS:
             del derived["data"]  # another model on the world's data, then
@@ -192,6 +199,10 @@ class Recipe(BaseModel):
         batch, micro = overrides.get("batch_size"), settings.get("micro_batch_size")
         if isinstance(batch, int) and isinstance(micro, int) and batch > 0 < micro:
             settings["micro_batch_size"] = _largest_divisor(batch, micro)
+        if "ppo" in (overrides.get("method"), settings.get("method")):
+            from .ppo_recipe import class_and_settings  # here: it imports this module
+
+            cls, settings = class_and_settings(overrides.get("method") or settings["method"], settings)
         try:
             return cls(**settings | overrides)
         except RecipeError as error:
@@ -209,6 +220,11 @@ class Recipe(BaseModel):
         """Write `to_yaml` to a file."""
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
+    @property
+    def world(self) -> str | None:
+        """The embedded world whose gold reward can be measured, if it is one."""
+        return next((name for name in [self.eval_data or self.data] if name in WORLDS), None)
+
     def trust_region(self) -> TrustRegion:
         """When and how far the reference moves in this run."""
         from .trust_region import TrustRegion  # here: a bad recipe is refused before torch is imported
@@ -224,6 +240,9 @@ class Recipe(BaseModel):
         notes = [f"{key}={getattr(self, key):g} is not used: it belongs to method={method}"
                  for key, method in USED_BY.items()
                  if self.method != method and getattr(self, key) != type(self).model_fields[key].default]
+        notes += [f"{key}={getattr(self, key)} is not used: method={self.method} has no {key}"
+                  for key in UNUSED.get(self.method, ())
+                  if getattr(self, key) not in (type(self).model_fields[key].default, "sum")]
         if self.reference == "fixed":
             notes += [f"{key}={value:g} is not used: reference=fixed never moves"
                       for key, value in (("alpha", self.alpha), ("tau", self.tau)) if value is not None]
@@ -235,7 +254,7 @@ class Recipe(BaseModel):
 
     def plan(self, n_rows: int) -> Plan:
         """What a run does with `n_rows` prepared rows (pairs; kto, sft: completions). Raises RecipeError."""
-        unit = "completions" if self.method in ("kto", "sft") else "pairs"
+        unit = {"kto": "completions", "sft": "completions", "ppo": "prompts"}.get(self.method, "pairs")
         rows = self.train_pairs or n_rows
         steps = self.max_steps or Fraction(str(self.epochs)) * rows // self.batch_size
         if rows > n_rows:
@@ -279,6 +298,7 @@ def _derived(settings: Mapping[str, Any]) -> dict[str, Any]:
         "logps": "mean" if method in ("orpo", "simpo") else "sum",
         "lora_alpha": 2.0 * rank,
         "reference_rank": 4 * rank,
-        "learning_rate": 1e-6 if tuning == "full" else 1e-5,  # the paper's; our choice: adapters need more
+        # the paper's; our choice: adapters need more, and so does a reward model's new head
+        "learning_rate": float(f"1e{-6 + (tuning != 'full') + (method == 'reward')}"),
         "output": "/".join(["runs", "-".join(str(part) for part in parts)]),
     }

@@ -61,6 +61,10 @@ class Record:
         values = self.history[column].dropna() if column in self.history else ()
         return float(values.iloc[-1]) if len(values) else default
 
+    def per_token(self, column: str) -> float:
+        """The last value of a mean over completions, as KL, for a token of them."""
+        return self.last(column) / self.last("length/completion")
+
     def accuracy(self) -> float:
         """Reward accuracy on the training pairs, mean over the last tenth of the steps."""
         values = self.history.get("rewards/accuracy", pd.Series(dtype=float)).dropna().astype(float)
@@ -96,7 +100,7 @@ class Record:
             found.append(f"The reference {times} in {self.steps} steps (tau={self.recipe['tau']}): this is "
                          f"nearly plain {self.recipe['method'].upper()} and says little or nothing about a "
                          "moving reference.")
-        if not self.samples:
+        if not self.samples and self.recipe["method"] != "reward":  # which writes no texts
             found.append("There is no samples.jsonl: the run was stopped before its end, or never evaluated.")
         return found
 

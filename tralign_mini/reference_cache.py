@@ -1,9 +1,10 @@
 """Reference log-probs of a fixed reference: computed once, kept on disk, used again by every run they fit.
 
-A reference that never moves gives the same numbers in every epoch, for every beta, learning rate and seed. They
-are kept under a key of everything that they depend on: the start's weights (adapter and 4-bit codes included),
-precision, mean or sum, and the token ids, which know tokenizer and truncation. A *moving* reference never comes
-here: its numbers are out of date after one update.
+A reference that never moves gives the same numbers in every epoch, for every beta, learning rate and seed.
+They are kept under a key of everything that they depend on: the start's weights (adapter and 4-bit codes
+included), precision, mean or sum, and the token ids, which know tokenizer and truncation. How many rows were
+computed at once is not part of it: that changes rounding alone (seen: 1e-7 of a log-prob in float32, 1e-4 in
+bfloat16). A *moving* reference never comes here: its numbers are out of date after one update.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ def cache_directory() -> Path:
 
 def cached_logps(directory: Path, rows: list[dict], conditions: dict, compute: Callable, at_once: int,
                  *, main: bool = True) -> list[list[float]]:
-    """For each row the reference's log-probs of its completions, from the directory or computed and kept there.
+    """For each row the reference's log-probs of its completions, from the directory or computed and kept.
 
-    conditions: what the numbers depend on beside the rows. compute: rows -> (len(rows), k) tensor, called with
-    `at_once` rows of similar length; which ones depends on the set of rows alone, so that the same run gets
-    the same bits again. main: whether this process writes and speaks.
+    conditions: what the numbers depend on beside the rows. compute: rows -> (len(rows), k) tensor, called
+    with `at_once` rows of similar length; which ones depends on the set of rows alone, so that the same run
+    gets the same bits again. main: whether this process writes and speaks.
     """
     keys = [json.dumps(row, sort_keys=True) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (len(keys[i]), keys[i]))
@@ -80,5 +81,5 @@ def _write(path: Path, logps: torch.Tensor) -> None:
         save_file({"logps": logps}, scratch, {"sha256": _hash(logps)})
         os.replace(scratch, path)
     except (OSError, SafetensorError) as error:  # what safetensors raises where it cannot write
-        print(f"reference log-probs are not kept for the next run: {error}. Set TRALIGN_CACHE to a folder that "
-              "can be written.", flush=True)
+        print(f"reference log-probs are not kept for the next run: {error}. Set TRALIGN_CACHE to a folder "
+              "that can be written.", flush=True)

@@ -24,22 +24,23 @@ from transformers.pytorch_utils import Conv1D
 
 from . import logprobs
 from .adapters import INITIAL, switched
+from .attention import by_group
 from .batches import StepStream, collate_rows, group_of
-from .models import _loading, compute_dtype, is_adapter, model_path
+from .models import compute_dtype, is_adapter, loading, model_path
 from .packing import group_length
 from .plan import WITHOUT_REFERENCE
 from .recipe import Recipe
 from .reference import REFERENCE
-from .sharing import PACKED, WINDOWS, _depends_on_the_row
+from .sharing import PACKED, PACKED_BY_GROUP, WINDOWS, _depends_on_the_row
 
 CPU = torch.device("cpu")  # whatever the run's device is: shapes and dtypes are the same there
 ADAM = 8  # bytes for each trained weight: two moments in float32
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, a byte for 64 codes, a float for 256 bytes (arXiv 2305.14314)
 SAMPLED_AT_ONCE = 64  # sequences: the default of generate.sample
 # Measured on CPU. Framework: threads, workspaces of kernels, Trainer; 57 to 63 MiB. Holes: freed memory is
-# kept (models.keep_freed_memory), and where a large tensor was, small ones settle, so the next large one
-# needs other memory; in the first steps 1.0 to 2.7 times the logits and temporary tensors at the peak
-FRAMEWORK, HOLES = 60 * 2**20, 1.8
+# kept (models.keep_freed_memory), and the next step's tensors have other sizes and do not fit into it as it
+# lies; of what a step takes and gives back 0.4 to 0.7 times as much
+FRAMEWORK, HOLES, PASSING = 60 * 2**20, 0.6, ("activations", "logits", "temporary")
 
 
 class Ledger(TorchDispatchMode):
@@ -97,7 +98,9 @@ class Rehearsal:
     def run(self, batch: dict[str, torch.Tensor], longest: int) -> None:
         """Each moment in which memory could be short, with what `largest_batch` returns."""
         counted = int(batch["counted" if "counted" in batch else "completion_mask"].sum())
+        spans = batch.pop("spans", None)  # numbers that a CPU's attention looks at
         batch = {name: self.mode.from_tensor(tensor) for name, tensor in batch.items()}
+        batch |= {"spans": spans} if self.on_cpu else {}
         with self.mode:
             if self.recipe.method != "sft":
                 with self._moment("check of shared prompts"), torch.no_grad(), self.autocast():
@@ -111,7 +114,7 @@ class Rehearsal:
                 self.policy.zero_grad()
             if self.on_cpu:
                 step = self.moments["training step"]
-                step["freed, still held"] = HOLES * (step.get("logits", 0) + step.get("temporary", 0))
+                step["freed, still held"] = HOLES * sum(step.get(label, 0) for label in PASSING)
             with self._moment("sampling for evaluation"), torch.no_grad(), self.autocast():
                 self._sample()
 
@@ -134,7 +137,8 @@ class Rehearsal:
         names = ("input_ids", "position_ids", "attention_mask")
         inputs = {name: batch[name] for name in names if name in batch}
         if "group" in batch:
-            inputs["attention_mask"] = logprobs.shared_prompt_mask(model, batch["group"], batch["branch"])
+            groups = batch["group"], batch["branch"], batch.get("spans")
+            inputs["attention_mask"] = logprobs.shared_prompt_mask(model, *groups)
         return logprobs._token_logps(model, inputs, *torch.zeros(2, counted, dtype=torch.long))
 
     def _sample(self) -> None:
@@ -177,6 +181,8 @@ class Rehearsal:
         whole = (recipe.method == "kto" and self.micro < recipe.batch_size  # AlignmentTrainer.one_pass
                  or _depends_on_the_row(self.policy, self.config) or longest > min(windows, default=longest))
         options = {"hidden_size": self.config.hidden_size, "limit": 0 if whole else max(PACKED, longest)}
+        if self.on_cpu and by_group(self.policy):
+            options = {"hidden_size": 0, "limit": options["limit"] and max(PACKED_BY_GROUP, longest)}
         batches = [collate_rows(rows[i : i + self.micro], recipe.method, 0, **options)["sequences"]
                    for i in range(0, len(rows), self.micro)]
         longest = max(len(prompt) + max(map(len, answers)) for prompt, answers in groups)
@@ -239,7 +245,7 @@ def _policy(recipe: Recipe) -> tuple[nn.Module, torch.dtype | None]:
     """models.load_policy on the `meta` device, with the adapters that will stand beside the policy's; and the
     dtype in which the model was saved."""
     full, lora, base = recipe.tuning == "full", None, recipe.model
-    with _loading(base):
+    with loading(base):
         if is_adapter(base):
             lora = PeftConfig.from_pretrained(model_path(base))
             lora.inference_mode, base = False, lora.base_model_name_or_path

@@ -33,14 +33,17 @@ def report(run) -> Path:
 def _plan(record: Record) -> list[tuple[str, str]]:
     recipe = record.recipe
     method = recipe["method"]
-    if method != "sft":
+    if method not in ("sft", "reward"):
         method += f", beta {recipe['beta']:g}, {recipe['logps']} of log-probs over tokens"
+    if method.startswith("ppo"):
+        reward = escape(recipe["reward_model"] or "a function")
+        method = f"ppo, KL coefficient {recipe['kl_coef']:g}, reward {reward}"
     reference = "fixed at the initial policy" if record.has_reference else "none"
     if record.moves:
         shares = f"{recipe['alpha']:g} policy + {1 - recipe['alpha']:.6g} reference"
         times = f"**moved {record.updates} times**"
         reference = f"{record.kind}: every {recipe['tau']} steps {shares}; {times}"
-    unit = "completions" if recipe["method"] in ("kto", "sft") else "pairs"
+    unit = {"kto": "completions", "sft": "completions", "ppo": "prompts"}.get(recipe["method"], "pairs")
     return [
         ("model", escape(recipe["model"])),
         ("data", escape(recipe["data"])),
@@ -52,7 +55,19 @@ def _plan(record: Record) -> list[tuple[str, str]]:
     ]
 
 
+def _reward_result(record: Record) -> list[str]:
+    rows = [("share of pairs in the order of their labels", number(record.last("eval/accuracy"))),
+            ("loss, nats a pair (guessing: 0.69)", number(record.last("eval/loss"))),
+            ("expected calibration error", number(record.last("eval/calibration"))),
+            ("accuracy on training pairs, last tenth of the steps", number(record.accuracy()))]
+    return [markdown_table(["on held-out pairs", ""], rows),
+            "Labels are noisy, so no reward model gets all pairs right; and a policy that is trained on it "
+            "finds what it gets wrong. See the gold reward of such a run."]
+
+
 def _result(record: Record, initial: dict[str, float]) -> list[str]:
+    if record.recipe["method"] == "reward":
+        return _reward_result(record)
     policy, gain = record.numbers("policy"), record.gain()
     golds = [interval_text(who["gold"], who["low"], who["high"]) for who in (initial, policy)]
     bleus, words = ([number(who[name]) for who in (initial, policy)] for name in ("self_bleu", "length"))
@@ -62,6 +77,7 @@ def _result(record: Record, initial: dict[str, float]) -> list[str]:
         ("win rate against the initial policy, ties half", "", interval_text(*record.against_initial())),
         ("KL to the initial policy, nats a completion", "", number(record.last("kl/initial"))),
         ("KL to the reference, nats a completion", "", number(record.last("kl/reference"))),
+        ("KL to the initial policy, nats a token", "", number(record.per_token("kl/initial"), ".3f")),
         ("Self-BLEU (n = 3), 0 all different, 1 all equal", *bleus),
         ("words a completion", *words),
         ("tokens a completion", "", number(record.last("length/completion"))),

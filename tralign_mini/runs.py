@@ -18,6 +18,7 @@ from .models import is_adapter, load_policy, load_tokenizer, this_process
 from .recipe import WITHOUT_REFERENCE, Recipe
 from .reference import make_reference
 from .reference_cache import cache_directory
+from .reward import HeldOutPairs
 from .tokens import prompt_ids
 from .train import AlignmentTrainer
 from .worlds import WORLDS
@@ -31,10 +32,8 @@ class Run:
     def __init__(self, directory: str | Path, policy=None, tokenizer=None, reference=None):
         self.directory = Path(directory)
         if not (self.directory / "recipe.yaml").is_file():
-            raise ValueError(
-                f"{self.directory} is not a run's directory: there is no recipe.yaml in it. "
-                "Give the `output` folder of a run, for example runs/little-tldr-dpo-soft-0."
-            )
+            raise ValueError(f"{self.directory} is not a run's directory: there is no recipe.yaml in it. "
+                             "Give the `output` folder of a run, for example runs/little-tldr-dpo-soft-0.")
         self.recipe = Recipe.load(self.directory)
         self._policy, self._tokenizer, self._reference = policy, tokenizer, reference
 
@@ -51,7 +50,7 @@ class Run:
     def tokenizer(self):
         """The tokenizer that the run trained with."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.recipe.model)
+            self._tokenizer = load_tokenizer(self.recipe.model, separate_pad=self.recipe.method == "reward")
         return self._tokenizer
 
     @property
@@ -79,9 +78,8 @@ class Run:
         """The newest whole checkpoint."""
         found = checkpoints(self.directory)
         if not found:
-            raise ValueError(
-                f"{self.directory} has no whole checkpoint yet: train it, or go on (resume=true)."
-            )
+            raise ValueError(f"{self.directory} has no whole checkpoint yet: train it, or go on "
+                             "(resume=true).")
         return found[-1]
 
     def held_out_prompts(self, count: int | None = None) -> list:
@@ -113,36 +111,41 @@ def load_reference(policy, recipe: Recipe):
 
 
 def load_rows(recipe: Recipe):
-    """(training data set, held-out prompts, where the prompts come from); no prompt is in both.
+    """(training data set, held-out prompts, where the prompts come from); no prompt is in both."""
+    train, _, prompts, source = split_rows(recipe)
+    return train, prompts, source
 
-    The prompts are the first different ones of the test split. Data without one lose a tenth of their
-    prompts, at most `eval_prompts`, chosen by the seed, with all rows that begin with them.
+
+def split_rows(recipe: Recipe):
+    """(training data set, held-out data set, its prompts, where these come from); no prompt is in both.
+
+    The prompts are the first different ones of the test split, of `eval_data` if the recipe names one. Data
+    without one lose a tenth of their prompts, at most `eval_prompts`, chosen by the seed, with all rows that
+    begin with them.
     """
     train = load_dataset(recipe.data, "train")
     try:
-        test, source = load_dataset(recipe.data, "test"), "the test split"
+        test, source = load_dataset(recipe.eval_data or recipe.data, "test"), "the test split"
     except (ValueError, ConnectionError) as error:  # a damaged test split, or no network, is not the same
-        if not re.search("has no split|Unknown split", str(error)):
+        if recipe.eval_data or not re.search("has no split|Unknown split", str(error)):
             raise
         test, source = None, "prompts taken out of the training data, which have no test split"
-    known = {}
-    for prompt in (train if test is None else test)["prompt"]:
+    rest, known = train if test is None else test, {}
+    for prompt in rest["prompt"]:
         if prompt:
             known.setdefault(json.dumps(prompt), prompt)
     keys = list(known)
     if test is None:
-        keys = [
-            keys[i]
-            for i in np.random.default_rng(recipe.seed).permutation(len(keys))[: max(1, len(keys) // 10)]
-        ]
+        tenth = np.random.default_rng(recipe.seed).permutation(len(keys))[: max(1, len(keys) // 10)]
+        keys = [keys[i] for i in tenth]
     keys = keys[: recipe.eval_prompts]
     held_out = set(keys)
+    rest = rest.select([i for i, prompt in enumerate(rest["prompt"]) if json.dumps(prompt) in held_out])
     kept = [i for i, prompt in enumerate(train["prompt"]) if json.dumps(prompt) not in held_out]
-    left_out = len(train) - len(kept)
-    if left_out:
+    if left_out := len(train) - len(kept):
         train = train.select(kept)
         source += f"; {left_out} training rows with the same prompts are left out"
-    return train, [known[key] for key in keys], source
+    return train, rest, [known[key] for key in keys], source
 
 
 def train(recipe, *, stop=None, control=None, **overrides) -> Run:
@@ -151,31 +154,34 @@ def train(recipe, *, stop=None, control=None, **overrides) -> Run:
     recipe: name of a shipped recipe, path of a YAML file or of a run, dict or `Recipe`; overrides: any of
     its settings. stop: a `threading.Event`; once set, the run stops after the current step, with a
     checkpoint, ready for `resume=True`. control: steers alpha and tau while the run trains, see
-    `AlignmentTrainer`; `replay` runs the same again. Everything of the run is in `run.directory`. Errors in the recipe,
-    data or model are ValueErrors.
+    `AlignmentTrainer`; `replay` runs the same again. Everything of the run is in `run.directory`. Errors in
+    the recipe, data or model are ValueErrors.
     """
     if overrides.get("resume") and not isinstance(recipe, (Recipe, dict)) and Path(recipe).is_dir():
         overrides = {"output": str(recipe)} | overrides  # a run's directory may have been moved since
     recipe = Recipe.load(recipe, **overrides)
+    if recipe.method == "ppo":
+        if control is not None:
+            raise ValueError("method=ppo cannot be steered or replayed: its reference moves by the recipe.")
+        from .ppo_run import train_ppo  # here: it imports this module
+
+        return train_ppo(recipe, stop=stop)
     directory = Path(recipe.output)
     # the run's directory must stay readable from another folder
     if recipe.model not in WORLDS and Path(recipe.model).exists():
         recipe = recipe.replace(model=str(Path(recipe.model).resolve()))
-    if recipe.data not in NAMES and Path(recipe.data).exists():
-        recipe = recipe.replace(data=str(Path(recipe.data).resolve()))
+    for key in ("data", "eval_data"):
+        if (name := getattr(recipe, key)) not in (None, *NAMES) and Path(name).exists():
+            recipe = recipe.replace(**{key: str(Path(name).resolve())})
     main = this_process().is_main_process
     resumed = _open_directory(directory, recipe)
     this_process().wait_for_everyone()  # all have looked, before the main process makes the directory
 
-    dataset, prompts, source = load_rows(recipe)
-    tokenizer = load_tokenizer(recipe.model)
-    rows, data_report = prepare(
-        dataset,
-        tokenizer,
-        method=recipe.method,
-        max_prompt_tokens=recipe.max_prompt_tokens,
-        max_completion_tokens=recipe.max_completion_tokens,
-    )
+    reward = recipe.method == "reward"
+    dataset, held_out, prompts, source = split_rows(recipe)
+    tokenizer = load_tokenizer(recipe.model, separate_pad=reward)
+    limits = {key: getattr(recipe, key) for key in ("max_prompt_tokens", "max_completion_tokens")}
+    rows, data_report = prepare(dataset, tokenizer, method=recipe.method, **limits)
     plan = recipe.plan(len(rows))
     if main:
         print(f"{plan}\nevaluation {len(prompts)} prompts, {source}\n\n{data_report}", flush=True)
@@ -183,48 +189,39 @@ def train(recipe, *, stop=None, control=None, **overrides) -> Run:
     policy = load_policy(recipe)
     _refuse_too_long(policy, recipe, tokenizer, rows, prompts)
     reference = load_reference(policy, recipe)
-    evaluator = Evaluator(recipe, tokenizer, prompts)
-    trainer = AlignmentTrainer(
-        policy, reference, rows, recipe, tokenizer, directory,
-        evaluate=evaluator, stop=stop, cache=cache_directory(), control=control,
-    )
+    evaluator = HeldOutPairs(recipe, tokenizer, held_out) if reward else Evaluator(recipe, tokenizer, prompts)
+    trainer = AlignmentTrainer(policy, reference, rows, recipe, tokenizer, directory, evaluate=evaluator,
+                               stop=stop, cache=cache_directory(), control=control)
     if main and not resumed:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "data_report.json").write_text(json.dumps(data_report.to_dict(), indent=1))
         recipe.replace(resume=False).save(directory / "recipe.yaml.tmp")
-        os.replace(
-            directory / "recipe.yaml.tmp", directory / "recipe.yaml"
-        )  # a run, from now on, and a whole one
+        # a run, from now on, and a whole one
+        os.replace(directory / "recipe.yaml.tmp", directory / "recipe.yaml")
     checkpoint = _rewind(directory) if resumed else None
     if main and resumed:
-        print(
-            f"resuming after step {checkpoint.name.split('-')[1]}"
-            if checkpoint
-            else "resuming from the beginning"
-        )
+        where = f"after step {checkpoint.name.split('-')[1]}" if checkpoint else "from the beginning"
+        print(f"resuming {where}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     run = Run(directory, policy.eval(), tokenizer, reference) if main else None
     if main and trainer.state.global_step == plan.steps:
-        samples = directory / "samples.jsonl"
-        write_samples(
-            policy,
-            recipe,
-            tokenizer,
-            prompts,
-            samples,
-            seed=recipe.seed,
-            autocast=trainer.accelerator.autocast(),
-        )
+        if not reward:  # which writes no texts
+            write_samples(policy, recipe, tokenizer, prompts, directory / "samples.jsonl", seed=recipe.seed,
+                          autocast=trainer.accelerator.autocast())
         run.report()
     return run
 
 
 def replay(directory: str | Path, output: str | Path) -> Run:
-    """The run of `directory` again, with every change of alpha and tau at its step; the new one's directory is `output`."""
+    """The run of `directory` again, in `output`, with every change of alpha and tau at its step."""
     changes, recipe = read_changes(directory), Recipe.load(str(directory))
     start = recipe.trust_region()
-    return train(recipe, output=str(output), resume=False, control=lambda step: region_at(changes, step, start))
+
+    def control(step):
+        return region_at(changes, step, start)
+
+    return train(recipe, output=str(output), resume=False, control=control)
 
 
 def _refuse_too_long(policy, recipe: Recipe, tokenizer, rows: list[dict], prompts: list) -> None:
@@ -233,13 +230,9 @@ def _refuse_too_long(policy, recipe: Recipe, tokenizer, rows: list[dict], prompt
     asked = [len(prompt_ids(tokenizer, prompt, recipe.max_prompt_tokens)) for prompt in prompts]
     longest = max(asked + [len(row["prompt_ids"]) for row in rows])
     if positions and longest + recipe.max_completion_tokens > positions:
-        raise ValueError(
-            f"the longest prompt has {longest} tokens, and with "
-            f"max_completion_tokens={recipe.max_completion_tokens} that is more than the "
-            f"{positions} positions of model={recipe.model}. "
-            f"Lower max_prompt_tokens or "
-            "max_completion_tokens."
-        )
+        raise ValueError(f"the longest prompt has {longest} tokens, and with max_completion_tokens="
+                         f"{recipe.max_completion_tokens} that is more than the {positions} positions of "
+                         f"model={recipe.model}. Lower max_prompt_tokens or max_completion_tokens.")
 
 
 def _open_directory(directory: Path, recipe: Recipe) -> bool:
@@ -249,19 +242,20 @@ def _open_directory(directory: Path, recipe: Recipe) -> bool:
             print(f"resume=true, but there is no run in {directory}: starting from the beginning", flush=True)
         return False
     if not recipe.resume:
-        raise ValueError(
-            f"output={directory} already holds a run. Say resume=true to go on with it, or choose another "
-            "output; nothing was changed."
-        )
+        raise ValueError(f"output={directory} already holds a run. Say resume=true to go on with it, or "
+                         "choose another output; nothing was changed.")
+    refuse_another_recipe(directory, recipe)
+    return True
+
+
+def refuse_another_recipe(directory: Path, recipe: Recipe) -> None:
+    """ValueError if the run in `directory` was begun with other settings: a resumed run is the same run."""
     stored, wanted = Recipe.load(directory).model_dump(), recipe.model_dump()
     different = [key for key in stored if stored[key] != wanted[key] and key not in NOT_OF_THE_RUN]
     if different:
         changes = ", ".join(f"{key}: {stored[key]} then, {wanted[key]} now" for key in different)
-        raise ValueError(
-            f"output={directory} holds a run with other settings ({changes}). A resumed run is the same run: "
-            "give the old settings, or another output for a new run."
-        )
-    return True
+        raise ValueError(f"output={directory} holds a run with other settings ({changes}). A resumed run is "
+                         "the same run: give the old settings, or another output for a new run.")
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -1,9 +1,9 @@
 """May the completions of a pair share their prompt? Asked once, before training, of the model and its config.
 
-Sharing is exact if a token's prediction depends on the tokens that it is allowed to see and on their positions,
-and on nothing else. A sliding window counts places in the row, a length-dependent RoPE looks at the whole row,
-a recurrent state runs through it: these fall back to two whole sequences a pair. What no config says is found
-by computing the longest row both ways.
+Sharing is exact if a token's prediction depends on the tokens that it is allowed to see and on their
+positions, and on nothing else. A sliding window counts places in the row, a length-dependent RoPE looks at
+the whole row, a recurrent state runs through it: these fall back to two whole sequences a pair. What no
+config says is found by computing the longest row both ways.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .attention import by_group
 from .logprobs import completion_logps, plain_completion_logps
 from .packing import Group, group_length, lay_out
 from .tokens import collate
 
-PACKED = 1024  # tokens: short groups are put together into rows up to this, or up to the longest group
+# tokens: short groups are put together into rows up to this, or up to the longest group
+PACKED, PACKED_BY_GROUP = 1024, 2048  # the second where attention goes group by group (attention.py)
+LOGPS = ("log-probs", completion_logps, plain_completion_logps)
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 
 
@@ -26,16 +29,17 @@ class NotExact(Exception):
     """Why this model needs two whole sequences a pair; the message is for the user."""
 
 
-def row_limit(model: nn.Module, groups: Sequence[Group], pad_token_id: int) -> int:
+def row_limit(model: nn.Module, groups: Sequence[Group], pad_token_id: int, scores=LOGPS) -> int:
     """The longest row of several groups that `packing.pack` may fill: sharing is exact for all these groups.
 
-    groups: all that will be trained on, or at least the longest. Raises `NotExact` where a config says that it
-    cannot be exact, or a numerical check does: on the longest group, beside a row filled up to the limit, in
-    the mode, precision and attention that `model` has now, with LoRA's dropout off for the comparison.
+    groups: all that will be trained on, or at least the longest. Raises `NotExact` where a config says that
+    it cannot be exact, or a numerical check does: on the longest group, beside a row filled up to the limit,
+    in the mode, precision and attention that `model` has now, with LoRA's dropout off for the comparison.
+    scores: what is compared: its name, the function of model and batch, and the same the plain way.
     """
     config = model.config.get_text_config()
     longest = max(groups, key=group_length)
-    limit = max(PACKED, group_length(longest))
+    limit = max(PACKED_BY_GROUP if by_group(model) else PACKED, group_length(longest))
     if reason := _depends_on_the_row(model, config):
         raise NotExact(reason)
     windows = [size for name in WINDOWS if isinstance(size := getattr(config, name, None), int) and size > 0]
@@ -43,10 +47,10 @@ def row_limit(model: nn.Module, groups: Sequence[Group], pad_token_id: int) -> i
         raise NotExact(f"the attention window of {min(windows)} tokens is shorter than the longest row, "
                        f"{group_length(longest)} tokens")
     limit = min([limit, *windows])
-    difference, tolerance = _check(model, longest, groups, pad_token_id, limit)
+    difference, tolerance = _check(model, longest, groups, pad_token_id, limit, *scores[1:])
     if not difference <= tolerance:
-        raise NotExact(f"on the longest row, {group_length(longest)} tokens, log-probs differ by {difference:.2g} "
-                       f"(more than rounding, {tolerance:.2g})")
+        raise NotExact(f"on the longest row, {group_length(longest)} tokens, {scores[0]} differ by "
+                       f"{difference:.2g} (more than rounding, {tolerance:.2g})")
     return limit
 
 
@@ -62,17 +66,17 @@ def _depends_on_the_row(model: nn.Module, config) -> str:
     if kinds:
         return f"{config.model_type} has layers of the kind {', '.join(sorted(kinds))}"
     if rope_types & {"dynamic", "longrope"}:
-        return f"its RoPE ({', '.join(rope_types & {'dynamic', 'longrope'})}) depends on the length of the row"
+        return f"its RoPE ({', '.join(rope_types & {'dynamic', 'longrope'})}) depends on the row's length"
     if attention not in ("sdpa", "eager", "flex_attention"):
         return f"attention {attention!r} takes no mask of our own; load the model with sdpa"
     return ""
 
 
 @torch.no_grad()
-def _check(model, longest: Group, groups, pad_token_id: int, limit: int) -> tuple[float, float]:
-    """(largest difference of a completion's log-prob, what rounding can explain), shared against plain."""
+def _check(model, longest: Group, groups, pad_token_id: int, limit: int, score, plain_score):
+    """(largest difference of a completion's score, what rounding can explain), shared against plain."""
     filled, room = [], limit
-    for group in sorted(groups[:256], key=group_length, reverse=True):  # a row of several, filled to the limit
+    for group in sorted(groups[:256], key=group_length, reverse=True):  # a row of several
         if group_length(group) <= room and group is not longest:
             filled.append(group)
             room -= group_length(group)
@@ -86,20 +90,19 @@ def _check(model, longest: Group, groups, pad_token_id: int, limit: int) -> tupl
     packed = lay_out(several, pad_token_id, [[0], list(range(1, len(several)))])
     with _without_dropout(model):
         try:
-            shared = completion_logps(model, on_device(packed))
+            shared = score(model, on_device(packed))
         except Exception as error:  # whatever it is: whole sequences are what the model was made for
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise NotExact(f"{model.config.model_type} refuses packed rows: {reason}") from error
-        plain = torch.cat([plain_completion_logps(model, on_device(collate([one], pad_token_id)))
-                           for one in sequences])
-        together = torch.cat([plain_completion_logps(model, on_device(collate(sequences[i:i + 2], pad_token_id)))
+        plain = torch.cat([plain_score(model, on_device(collate([one], pad_token_id))) for one in sequences])
+        together = torch.cat([plain_score(model, on_device(collate(sequences[i:i + 2], pad_token_id)))
                               for i in range(0, len(sequences), 2)])
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else next(model.parameters()).dtype
     size = plain.abs().max()
     noise = (together - plain).abs().max()  # of other shapes of the same sums, in this precision
     noise = torch.minimum(5 * noise, 0.02 * size)  # what is more than that is no rounding
-    noise += max(1e-5, torch.finfo(dtype).eps) * size  # bfloat16: 0.8 %; seen 0.2 % where other shapes had none
+    noise += max(1e-5, torch.finfo(dtype).eps) * size  # bfloat16: 0.8 %; seen 0.2 %, other shapes none
     return (shared - plain).abs().max().item(), noise.item()
 
 

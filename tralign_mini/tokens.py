@@ -16,7 +16,7 @@ import datasets
 import jinja2
 import torch
 
-PAIRED_METHODS = ("dpo", "ipo", "orpo", "simpo")
+PAIRED_METHODS = ("dpo", "ipo", "orpo", "simpo", "reward")
 METHODS = (*PAIRED_METHODS, "kto", "sft")
 PARTS = ("prompt", "chosen", "rejected")
 
@@ -170,7 +170,7 @@ def prepare(dataset: datasets.Dataset, tokenizer, *, method: str, max_prompt_tok
     rows, dropped, lengths = [], Counter(), defaultdict(list)
     for row in dataset.select_columns(columns):
         answers = _answers(row, method)
-        reason = _unusable(row["prompt"], answers)
+        reason = unusable(row["prompt"], answers)
         if not reason:
             prompt = row["prompt"]
             tokens = {name: tokenize(tokenizer, prompt, text, **limits) for name, text in answers.items()}
@@ -227,7 +227,7 @@ def _answers(row: dict, method: str) -> dict:
     return {"chosen": answers.get("chosen")} if method == "sft" else answers
 
 
-def _unusable(prompt, answers: dict) -> str:
+def unusable(prompt, answers: dict) -> str:
     """Why a row cannot be trained on, or ""."""
     if prompt is None:
         return "no shared prompt"

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from .attention import by_group
 from .batches import StepStream, collate_rows, group_of
 from .callbacks import Progress, StopCallback, TensorBoard, TrustRegionCallback
 from .changes import read_changes, region_at
@@ -26,28 +27,28 @@ from .models import compute_dtype, keep_freed_memory, this_process
 from .objective import StepSums, micro_batch_loss
 from .recipe import Recipe
 from .reference_cache import cached_logps
-from .sharing import NotExact, row_limit
+from .reward import REWARDS, completion_rewards
+from .sharing import LOGPS, NotExact, row_limit
 
 
 class AlignmentTrainer(Trainer):
     """Preference training of `policy` against `reference`.
 
-    policy: causal language model or `PeftModel`; reference: `FrozenReference`, `AdapterReference`, or None
-    for the methods without one. rows: from `data.prepare`. evaluate: called as `evaluate(trainer, step)`
-    every `eval_steps` on the main process, returns numbers for the step's row. One row a step goes to
-    `directory/metrics.jsonl`. cache: a folder in which log-probs of a reference that never moves are kept
-    between runs; without it they are computed in every step. Where completions can share their prompt, they do.
-    control: called before every optimizer step as `control(step)`, counted from 1, returns the `TrustRegion`
-    that holds from this step on; what it changes is kept in `directory/changes.jsonl`. It may block: a pause.
+    policy: causal language model or `PeftModel`, for `method=reward` a sequence classifier; reference:
+    `FrozenReference`, `AdapterReference`, or None for the methods without one. rows: from `data.prepare`.
+    evaluate: called as `evaluate(trainer, step)` every `eval_steps` on the main process, returns numbers for
+    the step's row. One row a step goes to `directory/metrics.jsonl`. cache: a folder in which log-probs of a
+    reference that never moves are kept between runs; without it they are computed in every step. Where
+    completions can share their prompt, they do. control: called before every optimizer step as
+    `control(step)`, counted from 1, returns the `TrustRegion` that holds from this step on; what it changes
+    is kept in `directory/changes.jsonl`. It may block: a pause.
     """
 
     # The loss is divided by the whole step's batch_size; Trainer must not divide by the accumulation again.
     loss_is_scaled_for_ga = True
 
-    def __init__(
-        self, policy, reference, rows, recipe: Recipe, tokenizer, directory, *, evaluate=None, stop=None, cache=None,
-        control=None,
-    ):
+    def __init__(self, policy, reference, rows, recipe: Recipe, tokenizer, directory, *, evaluate=None,
+                 stop=None, cache=None, control=None):
         self.policy, self.reference, self.recipe = policy, reference, recipe
         self.directory, self.evaluator = Path(directory), evaluate
         self.trust_region = recipe.trust_region()
@@ -55,24 +56,19 @@ class AlignmentTrainer(Trainer):
         self.average, self.row_limit = recipe.logps == "mean", 0
         self.stream = StepStream(rows, recipe, recipe.plan(len(rows)).steps)
         self.start = {"model": start_hash(policy), "data": self.stream.hash()}
+        score = completion_rewards if recipe.method == "reward" else None
         super().__init__(
-            model=CompletionScorer(policy, average=self.average),
+            model=CompletionScorer(policy, average=self.average, score=score),
             args=training_arguments(recipe, self.directory, len(self.stream) // recipe.batch_size),
-            train_dataset=self.stream,
-            data_collator=self._collate,
-            processing_class=tokenizer,
-            callbacks=[TrustRegionCallback(self, control)] + ([StopCallback(stop)] if stop else []),
-        )
+            train_dataset=self.stream, data_collator=self._collate, processing_class=tokenizer,
+            callbacks=[TrustRegionCallback(self, control)] + ([StopCallback(stop)] if stop else []))
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "FSDP and DeepSpeed are not supported yet: a sharded reference would have to be moved "
-                "shard by shard. Use one process, or several with DistributedDataParallel (torchrun), or "
-                "tuning=qlora for memory."
-            )
+            raise ValueError("FSDP and DeepSpeed are not supported yet: a sharded reference would have to be "
+                             "moved shard by shard. Use one process, or several with DistributedDataParallel "
+                             "(torchrun), or tuning=qlora for memory.")
         if control is not None and self.args.world_size > 1:
-            raise ValueError("A run that is steered while it trains needs one process: each would ask for itself.")
-        if self.args.device.type == "cpu":
-            keep_freed_memory()
+            raise ValueError("A run that is steered while it trains needs one process: each would ask for "
+                             "itself.")
         self.sums = StepSums()
         self._last_row, self._clock = 0, time.perf_counter()
         self.progress = Progress()
@@ -80,7 +76,10 @@ class AlignmentTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(self.progress)
         self.row_limit = self._row_limit()
-        never_moves = self.trust_region.updates(self.args.max_steps) == 0  # fixed, or tau beyond the last step
+        if self.args.device.type == "cpu":  # not before: what the check frees would be kept, too
+            keep_freed_memory()
+        # fixed, or tau beyond the last step
+        never_moves = self.trust_region.updates(self.args.max_steps) == 0
         steered = control is not None or read_changes(self.directory)
         if cache is not None and reference is not None and never_moves and not steered:
             self.stream.reference_logps = self._cached_reference(cache)
@@ -96,18 +95,19 @@ class AlignmentTrainer(Trainer):
         method, limit = self.recipe.method, self.row_limit
         if method == "kto" and not self.one_pass:
             limit = 0  # the policy's two passes, one without and one with gradient, need one completion each
-        hidden_size = self.policy.config.get_text_config().hidden_size
-        return collate_rows(rows, method, self.processing_class.pad_token_id, hidden_size=hidden_size, limit=limit)
+        hidden_size = 0 if by_group(self.policy) else self.policy.config.get_text_config().hidden_size
+        pad = self.processing_class.pad_token_id
+        return collate_rows(rows, method, pad, hidden_size=hidden_size, limit=limit)
 
     def _row_limit(self) -> int:
         """How long a packed row may be; 0, and a line that says why, if completions cannot share a prompt."""
         if self.recipe.method == "sft":
             return 0
         groups = [group_of(row) for row in map(self.stream.__getitem__, range(len(self.stream)))]
-        limit = 0
+        limit, scores = 0, REWARDS if self.recipe.method == "reward" else LOGPS
         try:
             with self.accelerator.autocast():
-                limit = row_limit(self.policy, groups, self.processing_class.pad_token_id)
+                limit = row_limit(self.policy, groups, self.processing_class.pad_token_id, scores)
         except NotExact as reason:
             if self.is_world_process_zero():
                 print(f"no shared prompts, which is slower: {reason}", flush=True)
@@ -124,11 +124,9 @@ class AlignmentTrainer(Trainer):
             rows = {i: stream.rows[i] for i in visited}
         config = json.loads(self.policy.config.to_json_string(use_diff=False))  # RoPE, heads, 4-bit type ...
         config.pop("_name_or_path", None)
-        conditions = {
-            "start": self.start["model"], "config": config, "dtype": str(compute_dtype(self.recipe)),
-            "average": self.average, "shared": self.row_limit > 0, "device": self.args.device.type,
-            "torch": torch.__version__,
-        }
+        conditions = {"start": self.start["model"], "config": config, "average": self.average,
+                      "dtype": str(compute_dtype(self.recipe)), "shared": self.row_limit > 0,
+                      "device": self.args.device.type, "torch": torch.__version__}
 
         def compute(rows: list[dict]) -> torch.Tensor:
             batch = self._prepare_inputs(self._collate(rows))
@@ -195,7 +193,10 @@ class AlignmentTrainer(Trainer):
             return completion_logps(reference, sequences, average=self.average)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of one micro-batch: its sum over pairs, divided by the pairs of the whole step."""
+        """The loss of one micro-batch: its sum over pairs, divided by the pairs of the whole step.
+
+        `logps` are rewards when a reward model is trained.
+        """
         logps = model(**inputs["sequences"])  # the wrapped module's forward: what DDP hooks on to
         reference_logps = inputs.get("reference_logps")
         if reference_logps is None and self.reference is not None:
@@ -227,8 +228,7 @@ class AlignmentTrainer(Trainer):
             raise FloatingPointError(
                 f"the loss of step {step} is {row['loss']}, its gradient norm {grad_norm}: training stops, "
                 "before it is saved, and the last checkpoint is kept. Try a smaller learning_rate or "
-                "max_grad_norm, or dtype=float32."
-            )
+                "max_grad_norm, or dtype=float32.")
         if self.reference is not None:
             fixed = self.trust_region.kind == "fixed"
             row["alpha"] = None if fixed else self.trust_region.alpha
@@ -254,6 +254,7 @@ class AlignmentTrainer(Trainer):
         """Trainer's own summary is left out: metrics.jsonl has everything."""
 
     # Checkpoints.
+
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save:
             save_policy(self.policy, Path(output_dir))
@@ -269,16 +270,9 @@ class AlignmentTrainer(Trainer):
         if self.args.should_save:
             if self.reference is not None:
                 self.reference.save(folder / "reference")
-            write_seal(
-                folder,
-                {
-                    "step": self.state.global_step,
-                    "reference_updates": self.reference_updates,
-                    "weights": weight_hash(self.policy),
-                    "start": self.start,
-                    "processes": self.args.world_size,
-                },
-            )
+            write_seal(folder, {"step": self.state.global_step, "reference_updates": self.reference_updates,
+                                "weights": weight_hash(self.policy), "start": self.start,
+                                "processes": self.args.world_size})
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder = Path(resume_from_checkpoint)
@@ -286,10 +280,9 @@ class AlignmentTrainer(Trainer):
         for name, own in self.start.items():
             if seal["start"][name] != own:
                 value, what = getattr(self.recipe, name), {"model": "weights", "data": "tokenized rows"}[name]
-                raise ValueError(
-                    f"resume: what this run began from ({name}={value}) is not the same any more: its {what} "
-                    "have another hash. Put the old state back, or start a new run elsewhere."
-                )
+                raise ValueError(f"resume: what this run began from ({name}={value}) is not the same any "
+                                 f"more: its {what} have another hash. Put the old state back, or start a "
+                                 "new run elsewhere.")
         restore_policy(self.policy, folder)
         if self.reference is not None:
             self.reference.load(folder / "reference")
@@ -303,37 +296,24 @@ def training_arguments(recipe: Recipe, directory: Path, steps: int) -> TrainingA
     processes = this_process().num_processes
     micro = recipe.micro_batch_size or recipe.batch_size // processes
     if not micro or recipe.batch_size % (micro * processes):
-        raise ValueError(
-            f"batch_size={recipe.batch_size} cannot be spread over {processes} process(es) with "
-            f"micro_batch_size={micro}: "
-            "it has to be a multiple of micro_batch_size * processes."
-        )
+        raise ValueError(f"batch_size={recipe.batch_size} cannot be spread over {processes} process(es) with "
+                         f"micro_batch_size={micro}: it has to be a multiple of micro_batch_size * "
+                         "processes.")
     arguments = TrainingArguments(
-        output_dir=str(directory / "checkpoints"),
-        max_steps=steps,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.lr_scheduler
-        if recipe.lr_scheduler != "constant"
-        else "constant_with_warmup",
-        warmup_steps=recipe.warmup_steps,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        optim="adamw_torch_fused",
+        output_dir=str(directory / "checkpoints"), max_steps=steps, seed=recipe.seed,
+        learning_rate=recipe.learning_rate, warmup_steps=recipe.warmup_steps,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(recipe.lr_scheduler, recipe.lr_scheduler),
+        optim="adamw_torch_fused", weight_decay=recipe.weight_decay, max_grad_norm=recipe.max_grad_norm,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=recipe.batch_size // (micro * processes),
-        bf16=compute_dtype(recipe) is torch.bfloat16,
-        use_cpu=not torch.cuda.is_available(),
-        seed=recipe.seed,
+        bf16=compute_dtype(recipe) is torch.bfloat16, use_cpu=not torch.cuda.is_available(),
         train_sampling_strategy="sequential",  # StepStream is already in order
         save_steps=recipe.save_steps,
         save_total_limit=2,  # an older whole checkpoint stays while a new one is being written
         logging_strategy="no",  # metrics.jsonl is ours: Trainer's logged loss changes over a resume
         logging_nan_inf_filter=False,
-        report_to="none",
-        remove_unused_columns=False,
+        report_to="none", remove_unused_columns=False, ddp_find_unused_parameters=False,
         disable_tqdm=True,  # Progress shows more
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
+        dataloader_pin_memory=torch.cuda.is_available())
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would scatter the pairs
     return arguments
