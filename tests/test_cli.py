@@ -12,6 +12,7 @@ import types
 import pytest
 import torch
 from helpers import tiny_neox, tiny_tokenizer
+from judge_helpers import endpoint, longer
 from rich.console import Console
 
 from tralign_mini import chat, cli
@@ -138,6 +139,18 @@ BAD = [
      ["other settings", "beta: 0.05 then, 0.3 now"]),
     (["evaluate", "{place}/model"], ["model is not a run's directory"]),
     (["evaluate", "{place}/run", "--prompts", "0"], ["eval_prompts=0"]),
+    (["evaluate", "{place}/run", "--judge", "golden"], ["no judge 'golden'", "reward:FOLDER"]),
+    (["evaluate", "{place}/run", "--judge", "gold"], ["no embedded world", "pairs.jsonl"]),
+    (["evaluate", "{place}/none", "--judge", "gold"], ["none is not there"]),
+    (["evaluate", "{place}/run", "{place}/run", "{place}/run", "--judge", "gold"], ["two runs", "not 3"]),
+    (["evaluate", "{place}/run", "--judge", "reward:{place}/none"], ["none"]),
+    (["evaluate", "{place}/run", "--judge", "gold", "--model", "m"], ["--model is for --judge llm"]),
+    (["evaluate", "{place}/run", "--rate"], ["--rate is for --judge llm", "not named"]),
+    (["evaluate", "{place}/run", "--judge", "llm", "--settings", "0"], ["--settings 0 is not"]),
+    (["evaluate", "{place}/run", "--judge", "llm", "--settings", "{"], ["--settings { is not"]),
+    (["evaluate", "{place}/run", "--judge", "llm"], ["needs the name of a model", "--model NAME"]),
+    (["evaluate", "{place}/run", "--judge", "llm", "--model", "m"], ["OPENAI_API_KEY is not set"]),
+    (["evaluate", "{place}/run", "--export", "csv"], ["no format 'csv'", "alpaca_eval"]),
     (["compare", "{place}/run", "{place}/none"], ["none"]),
     (["chat", "{place}"], ["no whole checkpoint"]),
     # memory
@@ -153,6 +166,7 @@ NAMES = [" ".join(arguments).replace("{place}/", "") for arguments, _ in BAD]
 def test_bad_input_gets_one_message_and_exit_code_2(place, run, monkeypatch, capsys, tmp_path, arguments,
                                                     expected):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
     arguments = [argument.replace("{place}", str(place)) for argument in arguments]
     if "R" in arguments:
@@ -183,6 +197,68 @@ def test_evaluate_samples_again_with_the_asked_number_of_prompts(run, monkeypatc
     code, out, _ = tralign(monkeypatch, capsys, "evaluate", run.directory, "--prompts", 2, "--seed", 7)
     assert code == 0 and "report.md" in out
     assert len((run.directory / "samples.jsonl").read_text().splitlines()) == 2
+
+
+def test_evaluate_judges_a_run_against_its_initial_policy(run, monkeypatch, capsys, tmp_path):
+    """By an endpoint to which the longer answer is the better one, from the samples that the run has."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret-key")
+    judged = shutil.copytree(run.directory, tmp_path / "run")
+    samples = judged / "samples.jsonl"
+    answers = [("w3 w4", "w3"), ("w3", "w5 w6"), ("w7", "w7"), ("w8 w9", "w8")]  # of policy, initial policy
+    samples.write_text("".join(json.dumps({"prompt": f"w{i}", "policy": a, "initial": b}) + "\n"
+                               for i, (a, b) in enumerate(answers)))
+    before = samples.stat().st_mtime_ns
+    with endpoint(longer) as server:
+        llm = ("--judge", "llm", "--model", "m", "--endpoint", server.url, "--price", 1, 2)
+        llm += ("--settings", '{"top_p": 0.5}')
+        arguments = ("evaluate", judged, *llm, "--output", tmp_path, "--export", "alpaca_eval")
+        code, out, _ = tralign(monkeypatch, capsys, *arguments)
+        asked = len(server.questions)
+        assert server.requests[0][2]["top_p"] == 0.5 and "temperature" not in server.requests[0][2]
+        assert code == 0 and samples.stat().st_mtime_ns == before
+        assert "m: 6 requests, 0 more answered" in out and "0.0007 $" in out  # 600 read, 42 written
+        assert tralign(monkeypatch, capsys, *arguments)[0] == 0 and len(server.questions) == asked
+    verdicts = (tmp_path / "run-against-initial-policy.jsonl").read_text().splitlines()
+    assert [json.loads(line)["winner"] for line in verdicts] == ["a", "b", "tie", "a"]
+    assert "| run | initial policy |" in (tmp_path / "run-against-initial-policy.md").read_text()
+    assert re.search("wins +2 +1 ", out) and re.search("ties +1 +1 ", out)
+    assert {path.name for path in (tmp_path / "alpaca_eval").iterdir()} == {"run.json", "run-initial.json"}
+    assert not [path for path in tmp_path.rglob("*.*") if b"very-secret" in path.read_bytes()]
+
+
+def test_evaluate_judges_by_a_trained_reward_model(place, run, monkeypatch, capsys, tmp_path):
+    import tralign_mini as tr
+    from tralign_mini.reward import RewardModel
+
+    folder = tr.train(place / "recipe.yaml", method="reward", output=tmp_path / "taste").directory
+    judge = ("--judge", f"reward:{folder}", "--output", tmp_path)
+    arguments = ("evaluate", run.directory, *judge, "--prompts", 3, "--seed", 9)
+    code, out, _ = tralign(monkeypatch, capsys, *arguments)
+    assert code == 0 and "Judge: reward model taste" in out
+    rows = [json.loads(line) for line in (run.directory / "samples.jsonl").read_text().splitlines()]
+    prompts, model = [row["prompt"] for row in rows], RewardModel.load(folder)
+    scores = [model.score(prompts, [row[who] for row in rows]) for who in ("policy", "initial")]
+    wins = [sum(x > y for row, x, y in zip(rows, *sides) if row["policy"] != row["initial"])
+            for sides in (scores, scores[::-1])]
+    assert re.search(rf"wins +{wins[0]} +{wins[1]} ", out)
+
+
+def test_evaluate_samples_both_runs_again_when_asked(run, monkeypatch, capsys, tmp_path):
+    """Equal policies, prompts and seeds: equal answers, so that nobody is asked and all are ties."""
+    runs = [shutil.copytree(run.directory, tmp_path / name / "run") for name in "ab"]  # two of one name
+    (runs[0] / "samples.jsonl").unlink()
+    with endpoint(longer) as server:
+        judge = ("--judge", "llm", "--model", "m", "--endpoint", server.url, "--output", tmp_path)
+        code, out, _ = tralign(monkeypatch, capsys, "evaluate", *runs, *judge, "--prompts", 2, "--seed", 5)
+        assert code == 0 and re.search("ties +2 +2 ", out) and out.count("report.md") == 2
+        assert (runs[0] / "samples.jsonl").read_text() == (runs[1] / "samples.jsonl").read_text()
+        assert not server.questions
+        (runs[0] / "samples.jsonl").unlink()  # what is missing is sampled without being told to
+        code, out, _ = tralign(monkeypatch, capsys, "evaluate", *runs, *judge, "--export", "arena-hard")
+        assert code == 0 and out.count("report.md") == 1 and "Judge: m. 2 prompts" in out
+    answers = tmp_path / "arena-hard" / "model_answer"
+    assert {path.stem for path in answers.iterdir()} == {"a-run-initial", "a-run", "b-run"}
+    assert (tmp_path / "a-run-against-b-run.md").is_file()
 
 
 def test_compare_writes_a_page_with_every_run(run, monkeypatch, capsys, tmp_path):

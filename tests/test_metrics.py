@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU
-from scipy import stats
+from scipy import optimize, stats
+from scipy.special import expit
 
 from tralign_mini import metrics
 
@@ -163,7 +164,83 @@ def test_distinct_n_by_hand():
     assert metrics.distinct_n(["a b a b", "a b"], 2) == pytest.approx(2 / 4)  # ab ba ab | ab
 
 
+def outcomes(rng, d, theta, phi):
+    """Who wins under the model of arXiv 2404.04475: (scores of a, scores of b)."""
+    wins = rng.random(len(d)) < expit(theta + phi * np.tanh(d / np.std(d)))
+    return wins.astype(float), 1.0 - wins
+
+
+def test_length_controlled_by_hand():
+    """a is longer in 80 prompts and wins 72, shorter in 20 and wins 10: theta is the mean of the logits.
+
+    (log 9 + log 1) / 2 = log 3, hence 3/4, where the plain rate is 0.82.
+    """
+    a = [1] * 72 + [0] * 8 + [1] * 10 + [0] * 10
+    b, lengths = [1 - x for x in a], ([20] * 80 + [10] * 20, [10] * 80 + [20] * 20)
+    value, low, high = metrics.length_controlled(a, b, *lengths)
+    assert value == pytest.approx(0.75, abs=1e-3) and low < 0.75 < high
+    assert metrics.win_rate(a, b).value == 0.82
+
+
+def test_length_controlled_is_even_for_equals_of_whom_one_is_longer():
+    rng = np.random.default_rng(0)
+    d = rng.normal(15, 20, size=2000)
+    a, b = outcomes(rng, d, 0.0, 2.0)
+    value, low, high = metrics.length_controlled(a, b, 100 + d, np.full(2000, 100.0))
+    assert low < 0.5 < high and high - low < 0.08 and metrics.win_rate(a, b).low > 0.65
+
+
+def test_length_controlled_covers_the_truth(monkeypatch):
+    monkeypatch.setattr(metrics, "RESAMPLES", 400)
+    rng, hits = np.random.default_rng(1), 0
+    for seed in range(100):
+        d = rng.normal(20, 30, size=100)
+        a, b = outcomes(rng, d / d.std(), 0.5, 1.5)
+        _, low, high = metrics.length_controlled(a, b, d, np.zeros(100), seed=seed)
+        hits += low <= expit(0.5) <= high
+    assert 88 <= hits <= 99
+
+
+def test_length_controlled_is_the_minimum_of_its_loss():
+    """Against a general optimiser, ties included, in any unit of length."""
+    rng = np.random.default_rng(2)
+    a, length_a, length_b = rng.choice([0, 0.5, 1], 40), rng.integers(5, 30, 40), rng.integers(5, 25, 40)
+    d = length_a - length_b
+    x = np.tanh(d / d.std())
+
+    def loss(w):
+        logits = w[0] + w[1] * x
+        return np.sum(np.logaddexp(0, logits) - a * logits) + metrics.WEAK_PRIOR / 2 * np.dot(w, w)
+
+    expected = expit(optimize.minimize(loss, [0.0, 0.0]).x[0])
+    for unit in (1, 6):
+        value = metrics.length_controlled(a, 1 - a, unit * length_a, unit * length_b).value
+        assert value == pytest.approx(expected, abs=1e-5)
+
+
+@given(st.lists(st.tuples(st.sampled_from([0, 0.5, 1]), st.integers(0, 9), st.integers(0, 9)), min_size=2))
+@settings(max_examples=30, deadline=None)
+def test_swapping_sides_mirrors_the_length_controlled_rate(rows):
+    a, length_a, length_b = map(np.array, zip(*rows))
+    forth = metrics.length_controlled(a, 1 - a, length_a, length_b)
+    back = metrics.length_controlled(1 - a, a, length_b, length_a)
+    assert back.value == pytest.approx(1 - forth.value, nan_ok=True)
+    assert back.low == pytest.approx(1 - forth.high, nan_ok=True)
+
+
+def test_length_controlled_where_length_says_nothing_or_all():
+    a, b = [1, 1, 0, 1], [0, 0, 1, 0]
+    assert metrics.length_controlled(a, b, [5] * 4, [5] * 4) == metrics.win_rate(a, b)
+    ever = [1] * 5, [0] * 5
+    assert metrics.length_controlled(*ever, range(5), [1] * 5) == metrics.win_rate(*ever)
+    assert all(np.isnan(metrics.length_controlled(a, b, [6] * 4, [5] * 4)))  # always one longer: unknowable
+    value, low, high = metrics.length_controlled(a, b, [9, 8, 1, 7], [5] * 4)  # the longer one always wins
+    assert 0 < low <= value <= high < 1
+
+
 @pytest.mark.parametrize("call, message", [
+    (lambda: metrics.length_controlled([1, 0], [0, 1], [1, 2], [1]), "2 lengths of a and 1 of b"),
+    (lambda: metrics.length_controlled([1, 0], [0, 1], [1, float("nan")], [1, 2]), "length_a holds 1 value"),
     (lambda: metrics.mean_interval([]), "at least one number"),
     (lambda: metrics.mean_interval([[1, 2]]), r"shape \(1, 2\)"),
     (lambda: metrics.mean_interval([1, float("nan")]), "not finite, the first at index 1"),

@@ -89,14 +89,16 @@ def test_the_installed_package_finds_its_own_data_and_recipes(python, elsewhere)
 import sys, tralign_mini as tr
 from tralign_mini.recipe_file import shipped_recipes
 print(tr.__file__, tr.__version__, *shipped_recipes())
-print(*(len(tr.load_dataset(world, split="test")) > 0 for world in tr.WORLDS))
+from tralign_mini.worlds import grid_directory
+print(*(len(tr.load_dataset(world, split="test")) > 0 for world in tr.WORLDS), len(tr.compare(
+    sorted(grid_directory().glob("*-seed1"))[:2]).table))
 """
     first, second = run(python, "-c", code, **elsewhere).splitlines()
     file, version, *recipes = first.split()
     assert Path(file).is_relative_to(python.parents[1])
     assert version == PYPROJECT["project"]["version"]
     assert recipes == sorted(path.stem for path in (ROOT / "tralign_mini" / "recipes").glob("*.yaml"))
-    assert second == "True True"
+    assert second == "True True 3"  # the initial policy, and two runs of the grid
 
 
 def test_the_installed_command_trains_without_a_network(python, elsewhere):

@@ -5,9 +5,11 @@ An error is one message and exit code 2. Ctrl-C while training finishes the step
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import threading
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -84,6 +86,26 @@ def train(
     _say(f"report: {run.directory / 'report.md'}")
 
 
+@app.command()
+def mpo(
+    recipe: Annotated[str, typer.Argument(help="a shipped MPO recipe, a YAML file, or its run's directory")],
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value, such as easy.beta=0.1")] = None,
+) -> None:
+    """MPO (arXiv 2403.19443): reward models, split, DPO on easy pairs, PPO on the prompts of hard ones."""
+    from .recipe import parse_overrides
+
+    overrides = parse_overrides(settings or [])
+    from .mpo import train_mpo
+
+    stop = threading.Event()
+    with _stopping(stop):
+        run = train_mpo(recipe, stop=stop, **overrides)
+    if not (run.directory / "ppo" / "report.md").exists():
+        _say(f"stopped; go on with: tralign mpo {run.directory} resume=true")
+        raise typer.Exit(130)
+    _say("\n".join(f"report: {stage.directory / 'report.md'}" for stage in run.stages.values()))
+
+
 @contextmanager
 def _stopping(stop: threading.Event):
     """The first Ctrl-C asks the run to stop after its step, the second one is the usual interruption."""
@@ -105,14 +127,65 @@ def evaluate(
     runs: Runs,
     prompts: Annotated[int | None, typer.Option(help="held-out prompts; default: as in the recipe")] = None,
     seed: Annotated[int | None, typer.Option(help="seed of the samples; default: the run's")] = None,
+    judge: Annotated[str | None, typer.Option(help="who wins: gold | reward:FOLDER | llm")] = None,
+    model: Annotated[str | None, typer.Option(help="llm: the model's name at the endpoint")] = None,
+    endpoint: Annotated[str | None, typer.Option(help="llm: base URL; default: OpenAI's")] = None,
+    price: Annotated[tuple[float, float] | None, typer.Option(help="llm: $ a million tokens in, out")] = None,
+    rate: Annotated[bool, typer.Option(help="llm: rate each answer from 1 to 10 as well")] = False,
+    settings: Annotated[str, typer.Option(help='llm: what a request says, as {"temperature": 0}')] = "",
+    export: Annotated[str | None, typer.Option(help="alpaca_eval | arena-hard: write the samples so")] = None,
+    output: Annotated[Path, typer.Option(help="folder of page, answers, exports")] = Path("runs/judged"),
 ) -> None:
-    """Sample finished runs again, measure them, and print the comparison."""
-    from .comparison import compare as compare_runs
-    from .evaluate import evaluate as evaluate_run
+    """Sample finished runs again, measure them, and print the comparison.
 
+    With --judge: two runs, or one and its initial policy, on the samples that they have; --prompts or --seed
+    sample them again first. A language model's answers are kept, so a killed command goes on where it was.
+    """
+    from .comparison import compare as compare_runs
+    from .comparison import names_of
+    from .evaluate import evaluate as evaluate_run
+    from .export_outputs import check_format, export_outputs
+    from .head_to_head import head_to_head
+    from .judge import make_judge
+    from .record import read
+
+    llm = {"model": model, "endpoint": endpoint, "price": price, "settings": _json_object(settings)}
+    for name, value in (llm | {"rate": rate}).items():
+        if value and judge != "llm":
+            raise ValueError(f"--{name} is for --judge llm; the judge is {judge or 'not named'}.")
+    if judge and len(runs) > 2:
+        raise ValueError(f"--judge compares two runs, or one with its initial policy, not {len(runs)}.")
+    if export:
+        check_format(export)
+    if judge:  # made before anything is sampled: what it lacks is said at once
+        data = [read(run).recipe["data"] for run in runs]
+        asked = make_judge(judge, data=data[0], cache=output / "answers.jsonl", **llm)
     for run in runs:
-        _say(f"report: {evaluate_run(run, prompts=prompts, seed=seed)}")
-    _show(compare_runs(runs))
+        again = judge is None or prompts is not None or seed is not None
+        if again or not (run / "samples.jsonl").is_file():
+            _say(f"report: {evaluate_run(run, prompts=prompts, seed=seed)}")
+    if export:
+        names = [name.replace("/", "-") for name in names_of(runs)]
+        for run, name, who in [*zip(runs, names, ["policy"] * len(runs)), (runs[0], names[0], "initial")]:
+            generator = name + "-initial" * (who == "initial")
+            written = export_outputs(run, output / export, format=export, who=who, generator=generator)
+            _say(f"outputs: {written}")
+    if judge:
+        result = head_to_head(*runs, judge=asked, rate=rate)
+        _show_table(result.table, result)
+        _say(f"page: {result.save(output)}")
+    else:
+        _show(compare_runs(runs))
+
+
+def _json_object(text: str) -> dict | None:
+    try:
+        found = json.loads(text) if text else None
+    except json.JSONDecodeError:
+        found = text
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f"--settings {text} is not a JSON object, such as '{{\"temperature\": 0}}'.")
+    return found
 
 
 @app.command()
@@ -203,8 +276,6 @@ def _bytes(size: float) -> str:
 
 def _show(comparison) -> None:
     """What fits a terminal of 80 columns; the page has the rest. Settings that all runs share go below."""
-    for warning in comparison.warnings:
-        console.print(f"[bold yellow]Warning.[/] {_plain(warning)}")
     summary = comparison.summary.drop(columns=["alpha", "tau", "reference"], errors="ignore")
     summary.insert(1, "reference", [_reference(row) for row in comparison.table.to_dict("records")])
     summary["method"] = summary["method"].str.removeprefix("TR-")  # the column before says whether it moves
@@ -212,16 +283,23 @@ def _show(comparison) -> None:
     wanted = RESULTS if "gold" in summary else RESULTS_WITHOUT_GOLD
     differing = [name for name in SETTINGS if name in summary and name not in same]
     columns = ["run", "reference", *differing, *(name for name in wanted if name in summary)]
+    shared = ["all runs: " + ", ".join(f"{name} {max(summary[name])}" for name in same)] if same else []
+    frame = summary[columns].rename(columns=lambda name: name.removesuffix(" to initial"))
+    _show_table(frame, comparison, shared)
+
+
+def _show_table(frame, result, remarks: Iterable[str] = ()) -> None:
+    """A table of texts, after the warnings and before the notes of what it is about."""
+    for warning in result.warnings:
+        console.print(f"[bold yellow]Warning.[/] {_plain(warning)}")
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in columns:
-        table.add_column(name.removesuffix(" to initial"), no_wrap=True)
-    for row in summary[columns].to_numpy():
+    for name in frame:
+        table.add_column(_plain(name), no_wrap=True)
+    for row in frame.to_numpy():
         table.add_row(*map(_plain, row))
     console.print(table)
-    if same:
-        console.print("all runs: " + ", ".join(f"{name} {max(summary[name])}" for name in same), style="dim")
-    for note in comparison.notes:
-        console.print(_plain(note), style="dim")
+    for remark in (*remarks, *result.notes):
+        console.print(_plain(remark), style="dim")
 
 
 def _reference(run: dict) -> str:

@@ -80,8 +80,8 @@ def compare(runs: Iterable) -> Comparison:
     records = [read(run) for run in ([runs] if one else runs)]
     if not records:
         raise ValueError("There is nothing to compare: give the directory of at least one run.")
-    named = dict(zip(_names([record.directory for record in records]), records))
-    different = _differences(records)
+    named = dict(zip(names_of([record.directory for record in records]), records))
+    different = differences(records)
     shared = None if different or not records[0].samples else records[0].numbers("initial")
 
     rows = [_row(name, record) for name, record in named.items()]
@@ -131,7 +131,7 @@ def _figures(table: pd.DataFrame, named: dict[str, Record], initial_gold: float)
     return figures | pages.curve_figures(pd.concat(histories), initial_gold)
 
 
-def _names(directories: list[Path]) -> list[str]:
+def names_of(directories: list[Path]) -> list[str]:
     """Names of folders; where two are equal, with the folder above; where that does not help, numbered."""
     paths = [path.resolve() for path in directories]
     short = [path.name for path in paths]
@@ -145,7 +145,7 @@ def _values(records: list[Record], key: str) -> list[str]:
     return list(dict.fromkeys(str(record.recipe[key]) for record in records))
 
 
-def _differences(records: list[Record]) -> list[str]:
+def differences(records: list[Record]) -> list[str]:
     """Why the runs must not be compared: another model, other data, other prompts."""
     values = {key: _values(records, key) for key in SAME_TASK}
     found = [f"{key} ({', '.join(several)})" for key, several in values.items() if len(several) > 1]

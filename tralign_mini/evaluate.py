@@ -21,7 +21,7 @@ from .logprobs import completion_logps
 from .models import load_base
 from .recipe import Recipe
 from .reference import using_initial
-from .worlds import WORLDS, gold_reward
+from .worlds import gold_reward
 
 SCORED_AT_ONCE = 32  # sequences in one forward pass
 
@@ -85,8 +85,8 @@ class Evaluator:
                 with other as model:
                     row[name] = (policy_logps - sequence_logps(model, samples.sequences, pad)).mean().item()
         row["length/completion"] = sum(len(ids) for _, ids in samples.sequences) / len(samples.sequences)
-        if self.recipe.data in WORLDS:
-            rewards = gold_reward(self.recipe.data, self.prompts, samples.texts)
+        if self.recipe.world:
+            rewards = gold_reward(self.recipe.world, self.prompts, samples.texts)
             row["gold/reward"] = sum(rewards) / len(rewards)
         return row
 
@@ -104,8 +104,8 @@ def write_samples(
         {"prompt": p, "initial": a, "policy": b}
         for p, a, b in zip(prompts, answers["initial"], answers["policy"])
     ]
-    if recipe.data in WORLDS:
-        gold = {who: gold_reward(recipe.data, prompts, texts) for who, texts in answers.items()}
+    if recipe.world:
+        gold = {who: gold_reward(recipe.world, prompts, texts) for who, texts in answers.items()}
         for row, a, b in zip(rows, gold["initial"], gold["policy"]):
             row |= {"gold_initial": a, "gold_policy": b}
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

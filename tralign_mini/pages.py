@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +58,9 @@ def save_figures(figures: dict[str, Figure], folder: Path) -> list[str]:
     return [f"![{CAPTIONS[name]}](figures/{name}.png)" for name in figures]
 
 
-def side_by_side(columns: Mapping[str, tuple[str, Record]]) -> list[str]:
-    """The first prompts, and under each what every one of `columns` answered, with its gold reward."""
+def side_by_side(columns: Mapping[str, tuple[str, Record]], remarks: Sequence[str] = ()) -> list[str]:
+    """The first prompts, and under each what every one of `columns` answered, with its gold reward; a remark
+    on each may follow."""
     _, record = next(iter(columns.values()))
     text = ["## Samples", "The first prompts of the evaluation, not chosen; drawn at temperature 1."]
     for i, row in enumerate(record.samples[:SHOWN_PROMPTS]):
@@ -74,7 +75,7 @@ def side_by_side(columns: Mapping[str, tuple[str, Record]]) -> list[str]:
             cut = " […]" if len(answer) > SHOWN_CHARACTERS else ""
             answers.append(gold + (escape(answer[:SHOWN_CHARACTERS].strip() + cut) or "*(empty)*"))
         text += [f"### Prompt {i + 1}", f"{ticks}text\n{prompt.strip()}\n{ticks}"]
-        text.append(markdown_table(map(escape, columns), [answers]))
+        text += [markdown_table(map(escape, columns), [answers]), *remarks[i : i + 1]]
     return text
 
 
@@ -101,8 +102,8 @@ def flat(report: Mapping, prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def number(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:.2f}"
+def number(value: float, digits: str = ".2f") -> str:
+    return "" if np.isnan(value) else f"{value:{digits}}"
 
 
 def interval_text(value: float, low: float, high: float) -> str:

@@ -1,0 +1,170 @@
+"""Two runs, or a run and its initial policy, on the same prompts: who wins, how often, at what length and KL.
+
+All but the verdicts is read from the directories of the runs; nothing is sampled here (`evaluate` does that).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from . import metrics, pages
+from .comparison import differences, names_of
+from .export_outputs import sampled
+from .judge import Verdict, points
+from .judge_prompts import CRITERIA
+from .metrics import Interval
+from .pages import escape, interval_text, number
+from .record import Record
+
+Side = tuple[str, Record]  # whose samples, "policy" or "initial", of which run
+
+
+@dataclass
+class HeadToHead:
+    """Two sides compared: `.table` (a row a measure, all texts), `.warnings`, `.notes` and `.verdicts`.
+
+    win_rate: of the first side, ties half, over the prompts with a verdict; length_controlled: the same at
+    equal length in words.
+    """
+
+    names: tuple[str, str]
+    win_rate: Interval
+    length_controlled: Interval
+    verdicts: list[Verdict]
+    table: pd.DataFrame
+    warnings: list[str]
+    notes: list[str]
+    sides: tuple[Side, Side] = field(repr=False)  # on the same prompts
+
+    def save(self, folder: str | Path) -> Path:
+        """Write A-against-B.md, samples side by side, and A-against-B.jsonl, a verdict a line; the page."""
+        folder, title = Path(folder), " against ".join(self.names)
+        folder.mkdir(parents=True, exist_ok=True)
+        page = folder / (title.replace("/", "-").replace(" ", "-") + ".md")
+        texts = [record.column(who) for who, record in self.sides]
+        rows = zip(self.sides[0][1].column("prompt"), *texts, self.verdicts)
+        rows = [{"prompt": prompt, "a": a, "b": b} | verdict._asdict() for prompt, a, b, verdict in rows]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        page.with_suffix(".jsonl").write_text("".join(lines), encoding="utf-8")
+
+        cells = [map(escape, row) for row in self.table.to_numpy()]
+        parts = [f"# {escape(title)}", *pages.warning_lines(self.warnings)]
+        parts += [pages.markdown_table(map(escape, self.table), cells), *map(escape, self.notes)]
+        winners = dict(zip("ab", (f"{name} wins:" for name in self.names))) | {"tie": "Tie:"}
+        said = [(winners.get(verdict.winner, "No verdict:"), verdict.why) for verdict in self.verdicts]
+        said = [f"**{escape(winner)}** {escape(why)}" for winner, why in said]
+        return pages.write_page(page, parts + pages.side_by_side(dict(zip(self.names, self.sides)), said))
+
+
+def head_to_head(a, b=None, *, judge, rate: bool = False) -> HeadToHead:
+    """Compare two runs (directories, or objects with `.directory`) by a judge, on the prompts that both have.
+
+    b: default: the initial policy of a, from the same samples. rate: the judge, an `LLMJudge`, rates every
+    answer as well. ValueError if they share no prompt, or if the judge fails on every one.
+    """
+    if rate and not hasattr(judge, "rate"):
+        raise ValueError(f"The judge {judge.name!r} gives no ratings from 1 to 10: an LLMJudge does.")
+    records = _on_common_prompts([sampled(run) for run in ((a,) if b is None else (a, b))])
+    names = (*names_of([record.directory for record in records]), "initial policy")[:2]
+    sides = (("policy", records[0]), ("policy", records[1]) if len(records) > 1 else ("initial", records[0]))
+    prompts, texts = records[0].column("prompt"), [record.column(who) for who, record in sides]
+
+    verdicts = judge(prompts, *texts)
+    outcomes = points(verdicts)
+    decided = np.isfinite(outcomes)
+    failed = int((~decided).sum())
+    if failed == len(prompts):
+        said = judge.report() if hasattr(judge, "report") else verdicts[0].why
+        raise ValueError(f"The judge gave no verdict on any of the {failed} prompts. {said}")
+    outcomes = outcomes[decided]
+    lengths = [np.array([len(text.split()) for text in side])[decided] for side in texts]
+    won = metrics.win_rate(outcomes, 1 - outcomes)
+    controlled = metrics.length_controlled(outcomes, 1 - outcomes, *lengths)
+
+    rows = {"wins": [str((outcomes == most).sum()) for most in (1, 0)]}
+    rows["ties"] = [str((outcomes == 0.5).sum())] * 2
+    rows["the judge failed"] = [str(failed or "")] * 2
+    rows["win rate, ties half"] = _both_sides(won)
+    rows["win rate at equal length"] = _both_sides(controlled)
+    rows |= _ratings([judge.rate(prompts, side) for side in texts]) if rate else {}
+    columns = [_measures(who, record) for who, record in sides]
+    rows |= {measure: [column[measure] for column in columns] for measure in columns[0]}
+    table = pd.DataFrame([(name, *row) for name, row in rows.items() if any(row)], columns=["", *names])
+
+    different, warnings = differences(records), []
+    if different:
+        warnings.append(f"{names[0]} and {names[1]} differ in {'; '.join(different)}.")
+    if failed:
+        warnings.append(f"The judge failed on {failed} of {len(prompts)} prompts, which count in no rate.")
+    notes = [f"Judge: {judge.name}. {len(prompts)} prompts, one seed a run. {pages.CAVEAT} Equal length: a "
+             "logistic model of who wins, at no difference in words, after arXiv 2404.04475. KL: as measured "
+             "when training ended."]
+    if orders := [verdict.orders for verdict in verdicts if verdict.orders]:
+        notes.append(_about_positions(orders))
+    if hasattr(judge, "report"):
+        notes.append(judge.report())
+    return HeadToHead(names, won, controlled, verdicts, table, warnings, notes, sides)
+
+
+def _on_common_prompts(records: list[Record]) -> list[Record]:
+    """The records with the samples of the prompts that all have, in the order of the first."""
+    keyed = [{json.dumps(row["prompt"]): row for row in record.samples} for record in records]
+    common = [key for key in keyed[0] if all(key in rows for rows in keyed)]
+    if not common:
+        both = " and ".join(str(record.directory) for record in records)
+        raise ValueError(f"{both} were sampled on different prompts. Compare runs on the same data, and give "
+                         "both the same number of prompts (--prompts N).")
+    return [replace(record, samples=[rows[key] for key in common]) for record, rows in zip(records, keyed)]
+
+
+def _measures(who: str, record: Record) -> dict[str, str]:
+    numbers = record.numbers(who)
+    texts = [text for text in record.column(who) if len(text.split()) > 1]  # others have no pair of words
+    names, trained = ("kl/initial", "kl/reference"), who == "policy"
+    kl = [record.last(name) for name in names] if trained else [0.0, np.nan]
+    per_token = [record.per_token(name) for name in names] if trained else [0.0, np.nan]
+    return {
+        "gold reward": interval_text(*(numbers[key] for key in ("gold", "low", "high"))),
+        "words a completion": number(numbers["length"]),
+        "Self-BLEU (n = 3)": number(numbers["self_bleu"]),
+        "distinct words": number(metrics.distinct_n(texts, 1)) if texts else "",
+        "distinct pairs of words": number(metrics.distinct_n(texts, 2)) if texts else "",
+        "KL to initial, nats a completion": number(kl[0]),
+        "KL to initial, nats a token": number(per_token[0], ".3f"),
+        "KL to reference, nats a completion": number(kl[1]),
+        "KL to reference, nats a token": number(per_token[1], ".3f"),
+    }
+
+
+def _ratings(sides: Sequence[list[dict | None]]) -> dict[str, list[str]]:
+    """Mean rating by each criterion, and the probability of improvement by the mean over the criteria."""
+    sides = [[ratings for ratings in side if ratings] for side in sides]
+    if not all(sides):
+        return {"ratings": [f"{len(side)} readable" for side in sides]}
+    rows = {}
+    for criterion in CRITERIA:
+        means = [metrics.mean_interval([ratings[criterion] for ratings in side]) for side in sides]
+        rows[criterion.replace("_", " ") + ", 1 to 10"] = [interval_text(*mean) for mean in means]
+    overall = [[np.mean(list(ratings.values())) for ratings in side] for side in sides]
+    improved = metrics.probability_of_improvement(*overall)
+    return rows | {"probability of improvement, mean rating": _both_sides(improved)}
+
+
+def _about_positions(orders: list[tuple[str, str]]) -> str:
+    """How far the judge looked at the order of the answers."""
+    first = sum((one == "a") + (other == "b") for one, other in orders)
+    second = sum((one == "b") + (other == "a") for one, other in orders)
+    differ = sum(one != other for one, other in orders)
+    return (f"{len(orders)} prompts were asked about in both orders; on {differ} the judge contradicted "
+            f"itself: ties. It chose what it read first {first} times, what it read second {second} times.")
+
+
+def _both_sides(of_first: Interval) -> list[str]:
+    value, low, high = of_first
+    return [interval_text(*of_first), interval_text(1 - value, 1 - high, 1 - low)]

@@ -1,0 +1,192 @@
+"""A language model as judge, behind any OpenAI-compatible endpoint: comparisons, and ratings by criterion.
+
+Every comparison is asked in both orders, and only who wins in both is the winner: judges favour a position.
+An answer that can be read is kept on disk, under a hash of everything that was asked: a run that was killed
+goes on where it stopped, and nothing is paid for twice. Failures are not kept; the next run asks again. The
+key comes from OPENAI_API_KEY and is written nowhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from threading import Lock
+
+from tqdm import tqdm
+
+from .judge import Verdict, check_sides
+from .judge_prompts import comparison, rating, read_ratings, read_winner
+
+HOPELESS = 10  # so many requests and not one answer: the endpoint is given up
+SEATS = {"A": ("a", "b"), "B": ("b", "a"), "tie": ("tie", "tie")}  # who that is with a first, with b first
+UNREADABLE, NO_COMPLETION = "unreadable answer", "a reply that is no chat completion"
+
+
+class LLMJudge:
+    """Asks `model` who wins, `judge(prompts, a, b)`, or for ratings, `judge.rate(prompts, answers)`.
+
+    endpoint: base URL, as http://localhost:8000/v1; default: OpenAI's. cache: JSONL file of the answers.
+    price: dollars for a million tokens read, and for a million written. settings: what else is requested.
+    A request that times out or gets 429 or 5xx is repeated up to `retries` times, with exponential back-off
+    or after the server's Retry-After (by the openai package); `parallel` are under way at once. What would
+    last (no server, no such model, a refused key, an exhausted quota) is a ValueError.
+    """
+
+    def __init__(self, model: str, *, cache: str | Path, endpoint: str | None = None,
+                 price: tuple[float, float] | None = None, settings: dict | None = None, parallel: int = 8,
+                 timeout: float = 120.0, retries: int = 6):
+        try:
+            import openai
+        except ImportError:
+            raise ValueError("A language model as judge needs the openai package, and it is not installed. "
+                             "Install it: pip install 'tralign-mini[judge]'") from None
+        self._key = os.environ.get("OPENAI_API_KEY") or ""
+        if not self._key and endpoint is None:
+            raise ValueError("OPENAI_API_KEY is not set. Set it to your key, or name an endpoint that needs "
+                             "none, such as a local server: --endpoint http://localhost:8000/v1")
+        self.model, self.name, self.price, self.parallel = model, model, price, parallel
+        self._openai, self._cache = openai, Path(cache)
+        self._settings = {"temperature": 0, "max_completion_tokens": 1000} if settings is None else settings
+        self._client = openai.OpenAI(api_key=self._key or "none", base_url=endpoint, timeout=timeout,
+                                     max_retries=retries)
+        self._where = str(self._client.base_url)
+        self._answers, self._lock = _open_cache(self._cache), Lock()
+        self.asked, self.kept, self.tokens, self.failures = 0, 0, [0, 0], Counter()
+
+    def __call__(self, prompts: Sequence, a: Sequence[str], b: Sequence[str]) -> list[Verdict]:
+        """One verdict a prompt; equal answers are a tie, and nobody is asked."""
+        check_sides(prompts, a, b)
+        different = [i for i in range(len(prompts)) if a[i] != b[i]]
+        questions = [comparison(prompts[i], a[i], b[i]) for i in different]
+        questions += [comparison(prompts[i], b[i], a[i]) for i in different]
+        answers = self._ask(questions, read_winner)
+        verdicts = [Verdict("tie", "the answers are equal")] * len(prompts)
+        for i, first, second in zip(different, answers, answers[len(different) :]):
+            verdicts[i] = _verdict(first, second)
+        return verdicts
+
+    def rate(self, prompts: Sequence, answers: Sequence[str]) -> list[dict[str, int] | None]:
+        """Ratings from 1 to 10 by judge_prompts.CRITERIA, a dict an answer; None where the judge failed."""
+        check_sides(prompts, answers, answers)
+        ratings = self._ask([rating(*row) for row in zip(prompts, answers)], read_ratings)
+        return [None if isinstance(said, str) else said for said in ratings]
+
+    def report(self) -> str:
+        """What was asked, what it cost, what failed."""
+        text = (f"{self.model}: {self.asked} requests, {self.kept} more answered from {self._cache.name}; "
+                f"{self.tokens[0]:,} tokens read, {self.tokens[1]:,} written")
+        if self.price:
+            text += f", {sum(n * price for n, price in zip(self.tokens, self.price)) / 1e6:.4f} $"
+        failed = ", ".join(f"{count} × {reason}" for reason, count in self.failures.most_common())
+        return f"{text}; {self.failures.total()} failed{f' ({failed})' if failed else ''}."
+
+    def _ask(self, questions: list[str], read: Callable) -> list:
+        """What the answer to each question says, as `read` reads it; a string says why there is none."""
+        hashed = [json.dumps([self.model, self._settings, question]).encode() for question in questions]
+        keys = [hashlib.sha256(text).hexdigest() for text in hashed]
+        unanswered = {key: question for key, question in zip(keys, questions) if key not in self._answers}
+        self.kept += len(set(keys)) - len(unanswered)
+        pool, failed = ThreadPoolExecutor(self.parallel), {}
+        try:
+            asked = {pool.submit(self._one, key, unanswered[key], read): key for key in unanswered}
+            for future in tqdm(as_completed(asked), total=len(asked), desc="judging", disable=None):
+                if failure := future.result():
+                    failed[asked[future]] = failure
+                answered = self.asked - self.failures.total() + self.failures[UNREADABLE]
+                if len(failed) >= HOPELESS and not answered:
+                    raise ValueError(f"{len(failed)} requests to {self._where} and not one answer: {failure}")
+        finally:
+            pool.shutdown(cancel_futures=True)  # what is under way is still kept
+        return [failed[key] if key in failed else read(self._answers[key]) for key in keys]
+
+    def _one(self, key: str, question: str, read: Callable) -> str | None:
+        """Ask, keep the answer; why that failed, or None."""
+        answer, tokens, failure = self._request(question)
+        if not failure:
+            try:
+                read(answer)
+            except ValueError:
+                failure = UNREADABLE
+        with self._lock:
+            self.asked += 1
+            self.tokens = [before + new for before, new in zip(self.tokens, tokens)]
+            if failure:
+                self.failures[failure.partition(": ")[0]] += 1
+            else:
+                self._answers[key] = answer
+                self._cache.parent.mkdir(parents=True, exist_ok=True)
+                row = {"key": key, "model": self.model, "answer": answer, "tokens": tokens}
+                with self._cache.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return failure
+
+    def _request(self, question: str) -> tuple[str, tuple[int, int], str | None]:
+        """(answer, tokens read and written, what failed)."""
+        openai, messages = self._openai, [{"role": "user", "content": question}]
+        nothing, kept = ("", (0, 0)), "What was answered is kept: the same command goes on."
+        try:
+            create = self._client.chat.completions.create
+            reply = create(model=self.model, messages=messages, **self._settings)
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise ValueError(f"{self._where} refuses the key in OPENAI_API_KEY "
+                             f"({error.status_code}).") from None
+        except openai.NotFoundError as error:
+            said = self._shown(error.response.text)
+            raise ValueError(f"{self._where} does not know the model {self.model!r}, or its address should "
+                             f"end in /v1 ({said}).") from None
+        except openai.RateLimitError as error:
+            said = self._shown(error.response.text)
+            raise ValueError(f"{self._where} goes on refusing (429: {said}). {kept}") from None
+        except openai.APITimeoutError:
+            return *nothing, "time-out"
+        except openai.APIConnectionError as error:
+            reason = self._shown(error.__cause__)
+            raise ValueError(f"{self._where} cannot be reached ({reason}). {kept}") from None
+        except openai.APIStatusError as error:
+            return *nothing, f"HTTP {error.status_code}: {self._shown(error.response.text)}"
+        except (openai.APIError, ValueError):
+            return *nothing, NO_COMPLETION
+        try:
+            answer, end = reply.choices[0].message.content or "", reply.choices[0].finish_reason
+            tokens = (reply.usage.prompt_tokens, reply.usage.completion_tokens) if reply.usage else (0, 0)
+        except (AttributeError, IndexError, TypeError):
+            return *nothing, NO_COMPLETION
+        return self._shown(answer, None), tokens, "answer longer than its limit" if end == "length" else None
+
+    def _shown(self, text, most: int | None = 200) -> str:
+        """A server's text without the key, should it repeat that; a key of a few letters is a placeholder."""
+        text = str(text).encode("utf-8", "replace").decode()  # half a surrogate pair could not be written
+        return (text.replace(self._key, "***") if len(self._key) >= 8 else text)[:most]
+
+
+def _open_cache(path: Path) -> dict[str, str]:
+    """The answers by key; a last line without its newline was cut off by a kill and is removed."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    whole, newline, cut = text.rpartition("\n")
+    answers = {}
+    for number, line in enumerate(whole.split("\n") if newline else (), 1):
+        try:
+            row = json.loads(line)
+            answers[row["key"]] = row["answer"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {number} is not an answer of a judge. Remove the line, or choose "
+                             "another file.") from None
+    if cut:
+        path.write_text(whole + newline, encoding="utf-8")
+    return answers
+
+
+def _verdict(first: tuple[str, str] | str, second: tuple[str, str] | str) -> Verdict:
+    """From the answers with a in the first seat and with a in the second; a string is a failure."""
+    for answer in (first, second):
+        if isinstance(answer, str):
+            return Verdict(None, answer)
+    orders = (SEATS[first[0]][0], SEATS[second[0]][1])
+    if orders[0] == orders[1]:
+        return Verdict(orders[0], first[1], orders=orders)
+    return Verdict("tie", f"the two orders disagree: {first[1]} / {second[1]}", orders=orders)
