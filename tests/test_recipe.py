@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tralign_mini.recipe_file
+from tralign_mini import mpo
 from tralign_mini.recipe import Recipe, parse_overrides
 from tralign_mini.recipe_file import NAMES_ELSEWHERE, RecipeError, shipped_recipes
 from tralign_mini.trust_region import TrustRegion
@@ -312,13 +313,15 @@ FOLDER = Path(tralign_mini.recipe_file.__file__).parent / "recipes"
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_load_and_give_a_reason_for_each_value(name):
-    recipe = Recipe.load(name)
-    plan = recipe.plan(100_000)
-    assert not recipe.notes() and not plan.warnings
+    stages = [Recipe.load(name)] if not name.endswith("mpo") else [
+        mpo.stage_recipe(mpo.load_settings(name, {}), Path("x"), stage)
+        for stage in ("reward", "easy", "ppo")]
+    for recipe in stages:
+        assert not recipe.notes() and not recipe.plan(100_000).warnings
     text = (FOLDER / f"{name}.yaml").read_text()
     assert "Status:" in text
     for line in text.splitlines():
-        assert line.startswith("#") or re.fullmatch(r"\w+: \S+ +# \S.{2,}", line), line
+        assert line.startswith("#") or re.fullmatch(r"[\w.]+: \S+ +# \S.{2,}", line), line
 
 
 def test_the_papers_recipes_hold_the_papers_numbers():

@@ -17,7 +17,8 @@ __version__ = "0.1.0"
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOME = {
-    "losses": ("PreferenceLoss", "dpo_loss", "ipo_loss", "kto_loss", "orpo_loss", "simpo_loss"),
+    "losses": ("PreferenceLoss", "bradley_terry_loss", "dpo_loss", "ipo_loss", "kto_loss", "orpo_loss",
+               "simpo_loss"),
     "trust_region": ("TrustRegion", "update_reference"),
     "logprobs": ("CompletionScorer", "completion_logps"),
     "reference": ("AdapterReference", "FrozenReference", "make_reference"),
@@ -26,9 +27,16 @@ _HOME = {
     "recipe": ("Recipe",),
     "train": ("AlignmentTrainer",),
     "runs": ("Run", "replay", "train"),
+    "ppo_run": ("train_ppo",),
+    "mpo": ("MPORun", "gap_figure", "split_gaps", "train_mpo"),
     "evaluate": ("evaluate",),
     "generate": ("sample",),
+    "reward": ("RewardModel", "completion_rewards", "score"),
     "comparison": ("compare",),
+    "judge": ("GoldJudge", "RewardJudge"),
+    "llm_judge": ("LLMJudge",),
+    "head_to_head": ("head_to_head",),
+    "export_outputs": ("export_outputs",),
 }
 _MODULES = ("exercises", "memory", "toy", "widgets")  # tr.widgets.loss_explorer() and the like
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -15,6 +15,7 @@ OPTIONAL = {
     "bitsandbytes": "tuning=qlora",
     "tensorboard": "tensorboard=true",
     "ipywidgets": "the notebooks' sliders",
+    "openai": "evaluate --judge llm",
 }
 
 
