@@ -254,9 +254,9 @@ REFUSED = {
     "chunks": ("Llama4", CHUNKED, "layers of the kind chunked_attention"),
     "state": ("Rwkv", {"attention_hidden_size": 32}, "rwkv carries a state from token to token"),
     "dynamic RoPE": ("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 12},
-                     r"RoPE \(dynamic\) depends on the length"),
+                     r"RoPE \(dynamic\) depends on the row's length"),
     "long RoPE": ("Llama", {"rope_parameters": LONGROPE, "max_position_embeddings": 48},
-                  r"RoPE \(longrope\) depends on the length"),
+                  r"RoPE \(longrope\) depends on the row's length"),
     "alibi": ("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2},
               r"on the longest row, \d+ tokens, log-probs differ by \d\.\d+ \(more than rounding"),
 }

@@ -300,7 +300,7 @@ def test_method_and_columns_that_do_not_fit():
         return data.prepare(dataset, tiny_tokenizer(), method=method, **LIMITS)
 
     with pytest.raises(ValueError,
-                       match="Unknown method 'ppo'; expected one of dpo, ipo, orpo, simpo, kto, sft"):
+                       match="Unknown method 'ppo'; expected one of dpo, ipo, orpo, simpo, reward, kto, sft"):
         prepare(mixed(), "ppo")
     with pytest.raises(ValueError,
                        match=r"'dpo' needs pairs.*found completion, label, prompt.*Use method=kto"):

@@ -39,8 +39,8 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, a byte for 64 codes, a float for 
 SAMPLED_AT_ONCE = 64  # sequences: the default of generate.sample
 # Measured on CPU. Framework: threads, workspaces of kernels, Trainer; 57 to 63 MiB. Holes: freed memory is
 # kept (models.keep_freed_memory), and the next step's tensors have other sizes and do not fit into it as it
-# lies; of what a step takes and gives back 0.4 to 0.7 times as much
-FRAMEWORK, HOLES, PASSING = 60 * 2**20, 0.6, ("activations", "logits", "temporary")
+# lies; of what a step takes and gives back 0.5 to 1.0 times as much (rows of benchmarks.memory_table)
+FRAMEWORK, HOLES, PASSING = 60 * 2**20, 0.75, ("activations", "logits", "temporary")
 
 
 class Ledger(TorchDispatchMode):
