@@ -39,7 +39,6 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 ALPHA, TAU = "α: weight of the policy", "τ: steps between updates"
 PAGES = {"lab": ("jupyterlab", "/lab/tree/"), "notebook": ("notebook", "/notebooks/")}
 MOVES = 10  # of a slider, to measure a latency
-SLOWEST = 700  # ms, median: 70 to 150 on two idle cores, four times that beside other tests
 SETUP = "import tralign_mini as tr"
 COURSE = {  # notebook: panels whose sliders are moved
     "02_the_moving_reference": ("loss_explorer", "reference_explorer"),
@@ -275,7 +274,7 @@ def test_sliders_move_the_pictures(opened, server, screenshots, kind, notebook):
             times += move(output, TAU, 3, mouse=kind == "notebook")
             assert shown(output) != before
         note(screenshots, f"{kind} {name}", times)
-        assert statistics.median(times) < SLOWEST
+        assert statistics.median(times) < 400  # 50 to 125 on two cores; other tests may run beside this one
     pictures = saved(page, server[2] / f"{notebook}.ipynb", lambda pictures: len(pictures) == len(panels))
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
 
@@ -306,7 +305,7 @@ def test_the_grid_of_notebook_04_and_a_run_that_is_steered(opened, server, scree
     assert shown(grid) != first and epochs.locator("option:checked").all_inner_texts() == ["4"]
     page.screenshot(path=screenshots / "lab-runs_explorer.png")
     note(screenshots, "lab runs_explorer", times)
-    assert statistics.median(times) < SLOWEST
+    assert statistics.median(times) < 700  # 60 runs are drawn: 116 on two idle cores, 423 on crowded ones
     steer("lab", page, shown_panel(page, cells, "live_run"), server[2] / "runs" / "live", screenshots)
     last = shown(shown_panel(page, cells, "live_run"))
     saved(page, server[2] / f"{name}.ipynb", lambda pictures: last in pictures)  # the end of the run

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from judge_helpers import completion, endpoint, longer, make
 from test_report import PROMPTS, cells, write_run
+from typer.testing import CliRunner
 
 from tralign_mini import metrics, worlds
+from tralign_mini.cli import app
 from tralign_mini.export_outputs import export_outputs
 from tralign_mini.head_to_head import head_to_head
 from tralign_mini.judge import GoldJudge, RewardJudge, Verdict
@@ -228,6 +230,14 @@ def test_alpaca_eval_file_by_hand(two, tmp_path):
     path = export_outputs(two[0], tmp_path / "out", format="alpaca_eval", who="initial")
     assert json.loads(path.read_text())[0]["output"] == "the dog ran 0"
     assert json.loads(path.read_text())[0]["generator"] == path.stem == "dpo-initial"
+
+
+def test_a_run_on_a_file_is_about_the_world_that_its_prompts_come_from(tmp_path):
+    run = write_run(tmp_path / "noisy", data="pairs.jsonl", eval_data="little-tldr")
+    path = export_outputs(run, tmp_path / "out", format="alpaca_eval")
+    assert {row["dataset"] for row in json.loads(path.read_text())} == {"little-tldr"}
+    done = CliRunner().invoke(app, ["evaluate", str(run), "--judge", "gold"])
+    assert "No prompt of little-tldr" in str(done.exception)  # that world's judge was asked; these are none
 
 
 def test_alpaca_eval_reads_the_file_with_its_own_code(two, tmp_path):

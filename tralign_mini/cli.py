@@ -158,7 +158,7 @@ def evaluate(
     if export:
         check_format(export)
     if judge:  # made before anything is sampled: what it lacks is said at once
-        data = [read(run).recipe["data"] for run in runs]
+        data = [read(run).prompts_from for run in runs]
         asked = make_judge(judge, data=data[0], cache=output / "answers.jsonl", **llm)
     for run in runs:
         again = judge is None or prompts is not None or seed is not None

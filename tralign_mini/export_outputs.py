@@ -39,7 +39,7 @@ def export_outputs(run, folder: str | Path, *, format: str, who: str = "policy",
     generator = generator or record.directory.resolve().name + "-initial" * (who == "initial")
     rows = [(prompt_text(row["prompt"]), row[who].strip()) for row in record.samples]
     if format == "alpaca_eval":
-        dataset = Path(record.recipe["data"]).name
+        dataset = Path(record.prompts_from).name
         outputs = [{"instruction": prompt, "output": text, "generator": generator, "dataset": dataset}
                    for prompt, text in rows]
         return _write(folder / f"{generator}.json", json.dumps(outputs, ensure_ascii=False, indent=1))

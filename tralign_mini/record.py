@@ -27,6 +27,11 @@ class Record:
     data_report: dict
 
     @property
+    def prompts_from(self) -> str:
+        """The data set whose held-out prompts were sampled: an embedded world's have a gold reward."""
+        return self.recipe.get("eval_data") or self.recipe["data"]
+
+    @property
     def kind(self) -> str:
         """Its reference: "fixed", "soft", "hard", or "none"; "initial" for SFT: it makes initial policies."""
         if self.has_reference:

@@ -75,7 +75,7 @@ class Playground(Panel):
         """The answers of all, with the seed and temperature of the controls."""
         from ..evaluate import initial_policy, sequence_logps
         from ..generate import sample
-        from ..worlds import WORLDS, gold_reward
+        from ..worlds import gold_reward
 
         if not text.strip():
             raise ValueError("The prompt is empty: type one, or choose a held-out one.")
@@ -94,7 +94,7 @@ class Playground(Panel):
         ratios = {name: (logps - before).tolist() for name, logps in after.items()}
         answers = {}
         for i, (name, samples) in enumerate(drawn.items()):
-            gold = gold_reward(recipe.data, [text], samples.texts)[0] if recipe.data in WORLDS else None
+            gold = gold_reward(recipe.world, [text], samples.texts)[0] if recipe.world else None
             answers[name] = {"text": samples.texts[0].strip(), "gold": gold,
                              "log_ratios": {run: ratios[run][i] for run in ratios}}
         return answers
