@@ -371,3 +371,14 @@ def test_the_embedded_default_makes_no_network_call(tmp_path, monkeypatch):
     samples = [json.loads(line) for line in (run.directory / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and all({"gold_initial", "gold_policy"} <= row.keys() for row in samples)
     shutil.rmtree(run.directory)
+
+
+def test_local_paths_are_made_absolute_and_names_are_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("little-tldr", "pairs.jsonl", "taste"):  # a folder does not hide the world of its name
+        (tmp_path / name).mkdir()
+    settings = {"method": "ppo", "eval_data": "pairs.jsonl", "reward_model": "taste", "max_steps": 1}
+    recipe = runs.with_absolute_paths(tr.Recipe.load("little-tldr-ppo", **settings))
+    assert (recipe.model, recipe.data) == ("little-tldr", "little-tldr")
+    assert (recipe.eval_data, recipe.reward_model) == (str(tmp_path / "pairs.jsonl"), str(tmp_path / "taste"))
+    assert runs.with_absolute_paths(recipe) == recipe

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections import defaultdict
@@ -33,16 +32,23 @@ from .checkpoint import (
     weight_hash,
     write_seal,
 )
-from .data import NAMES
 from .evaluate import Evaluator, write_samples
 from .models import compute_dtype, keep_freed_memory, load_policy, load_tokenizer, this_process
 from .ppo import PPO, Rollout
 from .ppo_models import trained_parameters, value_and_score
 from .ppo_recipe import PPORecipe
 from .recipe import Recipe
-from .runs import Run, _open_directory, _refuse_too_long, _rewind, load_reference, load_rows
+from .runs import (
+    Run,
+    begin,
+    load_reference,
+    load_rows,
+    open_directory,
+    refuse_too_long,
+    rewind,
+    with_absolute_paths,
+)
 from .tokens import prompt_ids
-from .worlds import WORLDS
 
 
 def train_ppo(recipe, *, reward=None, prompts=None, stop=None, **overrides) -> Run:
@@ -63,11 +69,9 @@ def train_ppo(recipe, *, reward=None, prompts=None, stop=None, **overrides) -> R
                          "of method=reward; or, in Python, a function: train_ppo(..., reward=...).")
     if this_process().num_processes > 1:
         raise ValueError("method=ppo runs in one process. Start it without torchrun or accelerate launch.")
-    paths = {key: str(Path(value).resolve()) for key in ("model", "data", "reward_model")
-             if (value := getattr(recipe, key)) and value not in (*NAMES, *WORLDS) and Path(value).exists()}
-    recipe = recipe.replace(**paths)  # the run's directory must stay readable from another folder
+    recipe = with_absolute_paths(recipe)
     directory = Path(recipe.output)
-    resumed = _open_directory(directory, recipe)
+    resumed = open_directory(directory, recipe)
 
     tokenizer = load_tokenizer(recipe.model)
     dataset, held_out, source = load_rows(recipe)
@@ -78,16 +82,13 @@ def train_ppo(recipe, *, reward=None, prompts=None, stop=None, **overrides) -> R
     prompts = [prompts[i] for i in order]
     policy = load_policy(recipe)
     tokens = [{"prompt_ids": prompt_ids(tokenizer, prompt, recipe.max_prompt_tokens)} for prompt in prompts]
-    _refuse_too_long(policy, recipe, tokenizer, tokens, held_out)
+    refuse_too_long(policy, recipe, tokenizer, tokens, held_out)
     run = PPORun(recipe, policy, tokenizer, prompts, reward, directory, plan.steps)
     print(f"{plan}\nreward    {run.about}\nevaluation {len(held_out)} prompts, {source}", flush=True)
     if not resumed:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "data_report.json").write_text(json.dumps(report, indent=1))
-        recipe.replace(resume=False).save(directory / "recipe.yaml.tmp")
-        os.replace(directory / "recipe.yaml.tmp", directory / "recipe.yaml")
+        begin(directory, recipe, report)
     else:
-        checkpoint = _rewind(directory)
+        checkpoint = rewind(directory)
         if checkpoint:
             run.restore(checkpoint)
         print(f"resuming after step {run.step}", flush=True)

@@ -167,14 +167,9 @@ def train(recipe, *, stop=None, control=None, **overrides) -> Run:
 
         return train_ppo(recipe, stop=stop)
     directory = Path(recipe.output)
-    # the run's directory must stay readable from another folder
-    if recipe.model not in WORLDS and Path(recipe.model).exists():
-        recipe = recipe.replace(model=str(Path(recipe.model).resolve()))
-    for key in ("data", "eval_data"):
-        if (name := getattr(recipe, key)) not in (None, *NAMES) and Path(name).exists():
-            recipe = recipe.replace(**{key: str(Path(name).resolve())})
+    recipe = with_absolute_paths(recipe)
     main = this_process().is_main_process
-    resumed = _open_directory(directory, recipe)
+    resumed = open_directory(directory, recipe)
     this_process().wait_for_everyone()  # all have looked, before the main process makes the directory
 
     reward = recipe.method == "reward"
@@ -187,18 +182,14 @@ def train(recipe, *, stop=None, control=None, **overrides) -> Run:
         print(f"{plan}\nevaluation {len(prompts)} prompts, {source}\n\n{data_report}", flush=True)
     rows = [rows[i] for i in np.random.default_rng(recipe.seed).permutation(len(rows))[: plan.rows]]
     policy = load_policy(recipe)
-    _refuse_too_long(policy, recipe, tokenizer, rows, prompts)
+    refuse_too_long(policy, recipe, tokenizer, rows, prompts)
     reference = load_reference(policy, recipe)
     evaluator = HeldOutPairs(recipe, tokenizer, held_out) if reward else Evaluator(recipe, tokenizer, prompts)
     trainer = AlignmentTrainer(policy, reference, rows, recipe, tokenizer, directory, evaluate=evaluator,
                                stop=stop, cache=cache_directory(), control=control)
     if main and not resumed:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "data_report.json").write_text(json.dumps(data_report.to_dict(), indent=1))
-        recipe.replace(resume=False).save(directory / "recipe.yaml.tmp")
-        # a run, from now on, and a whole one
-        os.replace(directory / "recipe.yaml.tmp", directory / "recipe.yaml")
-    checkpoint = _rewind(directory) if resumed else None
+        begin(directory, recipe, data_report.to_dict())
+    checkpoint = rewind(directory) if resumed else None
     if main and resumed:
         where = f"after step {checkpoint.name.split('-')[1]}" if checkpoint else "from the beginning"
         print(f"resuming {where}")
@@ -224,7 +215,23 @@ def replay(directory: str | Path, output: str | Path) -> Run:
     return train(recipe, output=str(output), resume=False, control=control)
 
 
-def _refuse_too_long(policy, recipe: Recipe, tokenizer, rows: list[dict], prompts: list) -> None:
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe with its local paths made absolute: a run must stay readable from another folder."""
+    known = {"model": WORLDS, "reward_model": (), "data": NAMES, "eval_data": NAMES}
+    values = {key: value for key in known if (value := getattr(recipe, key, None)) not in (None, *known[key])}
+    paths = {key: str(Path(value).resolve()) for key, value in values.items() if Path(value).exists()}
+    return recipe.replace(**paths) if paths else recipe
+
+
+def begin(directory: Path, recipe: Recipe, data_report: dict) -> None:
+    """Make a run's directory; once its recipe.yaml is there, it is a run, and a whole one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "data_report.json").write_text(json.dumps(data_report, indent=1))
+    recipe.replace(resume=False).save(directory / "recipe.yaml.tmp")
+    os.replace(directory / "recipe.yaml.tmp", directory / "recipe.yaml")
+
+
+def refuse_too_long(policy, recipe: Recipe, tokenizer, rows: list[dict], prompts: list) -> None:
     """Beyond its positions a model fails or answers nonsense: say so before training."""
     positions = getattr(policy.config, "max_position_embeddings", None)
     asked = [len(prompt_ids(tokenizer, prompt, recipe.max_prompt_tokens)) for prompt in prompts]
@@ -235,7 +242,7 @@ def _refuse_too_long(policy, recipe: Recipe, tokenizer, rows: list[dict], prompt
                          f"model={recipe.model}. Lower max_prompt_tokens or max_completion_tokens.")
 
 
-def _open_directory(directory: Path, recipe: Recipe) -> bool:
+def open_directory(directory: Path, recipe: Recipe) -> bool:
     """Whether there is a run to go on with; refuses to overwrite one, or to resume it with another recipe."""
     if not (directory / "recipe.yaml").is_file():
         if recipe.resume and this_process().is_main_process:
@@ -264,7 +271,7 @@ def _whole_lines(path: Path) -> list[str]:
     return [line for line in lines if line.endswith("\n")]
 
 
-def _rewind(directory: Path) -> Path | None:
+def rewind(directory: Path) -> Path | None:
     """The last whole checkpoint; rows of metrics.jsonl and cut-off checkpoints after it are dropped."""
     found = checkpoints(directory)
     step = int(found[-1].name.split("-")[1]) if found else 0
