@@ -7,10 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from engine_helpers import assert_same_gradients
-from helpers import make_trainer, random_rows, tiny_llama
+from helpers import PAD, make_trainer, random_rows, tiny_llama
 
+from tralign_mini.logprobs import completion_logps
 from tralign_mini.objective import StepSums, micro_batch_loss
 from tralign_mini.recipe import Recipe
+
+PAIR = torch.tensor([[1, 2]])
 
 
 def accelerator(other=None):
@@ -151,11 +154,12 @@ def test_a_step_of_sft_is_a_mean_over_its_tokens():
 # ---------------------------------------------------------------------------------------- KTO in one pass
 
 
-def one_step(directory, micro, **settings):
+def one_step(directory, micro, shared=True, **settings):
     """z0, the loss and the gradients of the first step of a KTO run; and whether it was one pass."""
     rows = random_rows("kto", 24, seed=2)
     models = {"policy": tiny_llama(seed=4).train(), "reference_model": tiny_llama()}
     trainer = make_trainer(directory, method="kto", micro_batch_size=micro, rows=rows, **models, **settings)
+    trainer.row_limit *= shared
     batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 8 // micro, "cpu")
     z0, original = [], trainer._reference_point
     trainer._reference_point = lambda ratios: z0.append(original(ratios)) or z0[-1]
@@ -169,11 +173,11 @@ def one_step(directory, micro, **settings):
 
 
 @pytest.mark.parametrize("weight", [1.0, 3.0])
-def test_one_pass_of_kto_equals_several(tmp_path, weight):
+def test_kto_with_shared_prompts_equals_kto_without_in_one_pass_or_several(tmp_path, weight):
     z0, loss, gradients, one_pass = one_step(tmp_path, 8, desirable_weight=weight)
     assert one_pass and z0 > 0.1
-    for micro in (4, 1):
-        other_z0, other_loss, others, one_pass = one_step(tmp_path, micro, desirable_weight=weight)
+    for micro, shared in ((8, False), (4, False), (4, True), (1, True)):
+        other_z0, other_loss, others, one_pass = one_step(tmp_path, micro, shared, desirable_weight=weight)
         assert not one_pass
         assert other_z0 == pytest.approx(z0, abs=1e-5) and other_loss == pytest.approx(loss, abs=1e-5)
         assert_same_gradients(gradients, others)
@@ -190,3 +194,24 @@ def test_one_pass_of_kto_is_one_pass_of_each_model(tmp_path):
         model.model.register_forward_hook(hook)
     trainer.compute_loss(trainer.model, batch)
     assert calls == [("policy", True), ("reference", False)]
+
+
+def test_the_reference_shares_prompts_in_a_step_of_several_micro_batches(tmp_path):
+    """Of the policy matched and mismatched completions are two passes, of the reference they are one."""
+    trainer = make_trainer(tmp_path, method="kto", reference_model=tiny_llama(), policy=tiny_llama().train(),
+                           micro_batch_size=4)
+    seen = {"policy": [], "reference": []}
+    for name, model in (("policy", trainer.policy), ("reference", trainer.reference.model)):
+        completion_logps(model, {"input_ids": PAIR, "attention_mask": PAIR > 0, "completion_mask": PAIR > 1})
+        model.model.register_forward_pre_hook(
+            lambda _, args, inputs, name=name: seen[name].append((inputs["input_ids"] != PAD).sum().item()),
+            with_kwargs=True)
+    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 2, "cpu")
+    for batch in batches:
+        trainer.compute_loss(trainer.model, batch)
+    rows = [trainer.stream[i] for i in range(8)]
+    prompts, matched, mismatched = (
+        [sum(len(row[name]) for row in part) for part in (rows[:4], rows[4:])]
+        for name in ("prompt_ids", "completion_ids", "mismatched_ids"))
+    assert seen["policy"] == [p + c for other in (mismatched, matched) for p, c in zip(prompts, other)]
+    assert seen["reference"] == [sum(part) for part in zip(prompts, matched, mismatched)]

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from .packing import Group, pack
 from .recipe import Recipe
-from .tokens import PAIRED_METHODS, collate
+from .tokens import collate
 
 
 class StepStream(Dataset):
@@ -87,28 +87,27 @@ def group_of(row: dict) -> Group:
     return row["prompt_ids"], [row[name] for name in names if name in row]
 
 
-def collate_rows(rows: list[dict], method: str, pad_token_id: int, *, hidden_size: int = 0,
-                 limit: int = 0) -> dict:
+def collate_rows(rows: list[dict], method: str, pad_token_id: int, *, hidden_size: int = 0, limit: int = 0,
+                 one_pass: bool = True) -> dict:
     """One micro-batch: `sequences` to score, and what the method needs beside them.
 
-    Paired methods: 2B completions, all chosen, then all rejected. KTO: B completions, `desirable` (B,), and
-    `mismatched`, the same prompts with completions of other prompts. SFT: B completions. With a `limit` (of
-    `sharing.row_limit`) the two completions of a row share their prompt in packed rows; KTO's `sequences`
-    then hold both, 2B, all matched ones first.
+    Paired methods: 2B completions, all chosen, then all rejected. SFT: B completions. With a `limit` (of
+    `sharing.row_limit`) the two completions of a row share their prompt in packed rows. KTO: with a limit and
+    in one pass 2B completions, all matched, then all mismatched; else B matched ones, and beside them
+    `mismatched`, and `both`, where they share the prompt, for a pass of the reference. And `desirable`, (B,).
     """
     groups = [group_of(row) for row in rows]
-    each = range(len(groups[0][1]))
-    sequences = [[(prompt, completions[i]) for prompt, completions in groups] for i in each]
+    sequences = [[(prompt, answers[i]) for prompt, answers in groups] for i in range(len(groups[0][1]))]
     packed = {}
     if limit and len(sequences) == 2:
         packed = pack(groups, pad_token_id, hidden_size=hidden_size, limit=limit)
-    if method in PAIRED_METHODS:
-        batch = {"sequences": packed or collate(sum(sequences, []), pad_token_id)}
+    if method == "kto" and not (packed and one_pass):
+        matched, mismatched = (collate(one, pad_token_id) for one in sequences)
+        batch = {"sequences": matched, "mismatched": mismatched} | ({"both": packed} if packed else {})
     else:
-        batch = {"sequences": packed or collate(sequences[0], pad_token_id)}
+        batch = {"sequences": packed or collate(sum(sequences, []), pad_token_id)}
     if method == "kto":
         batch["desirable"] = torch.tensor([row["label"] for row in rows])
-        batch |= {} if packed else {"mismatched": collate(sequences[1], pad_token_id)}
     if "reference_logps" in rows[0]:  # the first ones of all rows, then the second ones, as in `sequences`
         batch["reference_logps"] = torch.tensor([row["reference_logps"] for row in rows]).T.flatten()
     return batch
