@@ -1,11 +1,10 @@
-"""The command line: `tralign demo | train | evaluate | compare | chat | doctor`.
+"""The command line: `tralign demo | train | mpo | evaluate | compare | chat | doctor`.
 
 An error is one message and exit code 2. Ctrl-C while training finishes the step, saves, says how to go on.
 """
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import threading
@@ -17,15 +16,17 @@ from typing import Annotated
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
-SETTINGS = ("method", "beta", "seed", "steps")
+SETTINGS = ("method", "reference", "alpha", "tau", "beta", "seed", "steps")
 RESULTS = ("gold", "win rate", "KL to initial")
-RESULTS_WITHOUT_GOLD = ("KL to initial", "Self-BLEU", "words")
 EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)  # what a wrong argument raises
 Runs = Annotated[list[Path], typer.Argument(help="directories of runs")]
+RecipeName = Annotated[str, typer.Argument(help="a shipped recipe, a YAML file, or a run's directory")]
+Settings = Annotated[list[str] | None, typer.Argument(help="settings of the recipe: key=value, as tau=16")]
 
 
 def main() -> None:
@@ -41,16 +42,8 @@ def main() -> None:
             message = f"out of memory: lower micro_batch_size, or set gradient_checkpointing=true. {message}"
         elif not isinstance(error, EXPECTED):
             raise
-        Console(stderr=True).print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
         sys.exit(2)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")  # rich would read [brackets] as a style
-
-
-def _say(text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)  # a path stays in one piece, to be copied
 
 
 @app.command()
@@ -59,56 +52,44 @@ def demo(output: Annotated[Path, typer.Option(help="folder for the three runs")]
     from .demo import run_demo
 
     comparison = run_demo(output, say=_say)
-    page = comparison.save(output)
     _show(comparison)
-    _say(f"figures and sample texts: {page}")
+    _say(f"figures and sample texts: {comparison.save(output)}")
 
 
 @app.command()
-def train(
-    recipe: Annotated[str, typer.Argument(help="a shipped recipe, a YAML file, or a run's directory")],
-    settings: Annotated[list[str] | None, typer.Argument(help="key=value, such as tau=16")] = None,
-) -> None:
+def train(recipe: RecipeName, settings: Settings = None) -> None:
     """Train one policy; the reference, the data and everything else come from the recipe."""
     from .recipe import parse_overrides
 
     overrides = parse_overrides(settings or [])  # a typing error is refused before torch is loaded
     from .runs import train as train_run
 
-    stop = threading.Event()
-    with _stopping(stop):
+    with _until_stopped() as stop:
         run = train_run(recipe, stop=stop, **overrides)
-    if run is None:  # not the main process
-        return
-    if stop.is_set() and not (run.directory / "report.md").exists():
-        _say(f"stopped; go on with: tralign train {run.directory} resume=true")
-        raise typer.Exit(130)
-    _say(f"report: {run.directory / 'report.md'}")
+    if run is not None:  # the main process
+        _say_how_it_ended("train", run.directory, ["."])
 
 
 @app.command()
-def mpo(
-    recipe: Annotated[str, typer.Argument(help="a shipped MPO recipe, a YAML file, or its run's directory")],
-    settings: Annotated[list[str] | None, typer.Argument(help="key=value, such as easy.beta=0.1")] = None,
-) -> None:
-    """MPO (arXiv 2403.19443): reward models, split, DPO on easy pairs, PPO on the prompts of hard ones."""
+def mpo(recipe: RecipeName, settings: Settings = None) -> None:
+    """MPO (arXiv 2403.19443): reward models, split, DPO on easy pairs, PPO on the prompts of hard ones.
+
+    A setting of a stage begins with its name: easy.beta=0.1, ppo.kl_coef=0.05.
+    """
     from .recipe import parse_overrides
 
     overrides = parse_overrides(settings or [])
     from .mpo import train_mpo
 
-    stop = threading.Event()
-    with _stopping(stop):
+    with _until_stopped() as stop:
         run = train_mpo(recipe, stop=stop, **overrides)
-    if not (run.directory / "ppo" / "report.md").exists():
-        _say(f"stopped; go on with: tralign mpo {run.directory} resume=true")
-        raise typer.Exit(130)
-    _say("\n".join(f"report: {stage.directory / 'report.md'}" for stage in run.stages.values()))
+    _say_how_it_ended("mpo", run.directory, dict.fromkeys([*run.stages, "ppo"]))  # the last stage
 
 
 @contextmanager
-def _stopping(stop: threading.Event):
-    """The first Ctrl-C asks the run to stop after its step, the second one is the usual interruption."""
+def _until_stopped():
+    """An event that the first Ctrl-C sets, so that a run stops after its step; the second one interrupts."""
+    stop = threading.Event()
 
     def ask(number, frame):
         stop.set()
@@ -117,9 +98,17 @@ def _stopping(stop: threading.Event):
 
     usual = signal.signal(signal.SIGINT, ask)
     try:
-        yield
+        yield stop
     finally:
         signal.signal(signal.SIGINT, usual)
+
+
+def _say_how_it_ended(command: str, directory: Path, stages: Iterable[str]) -> None:
+    reports = [directory / stage / "report.md" for stage in stages]
+    if not reports[-1].exists():
+        _say(f"stopped; go on with: tralign {command} {directory} resume=true")
+        raise typer.Exit(130)
+    _say("\n".join(f"report: {report}" for report in reports))
 
 
 @app.command()
@@ -132,7 +121,6 @@ def evaluate(
     endpoint: Annotated[str | None, typer.Option(help="llm: base URL; default: OpenAI's")] = None,
     price: Annotated[tuple[float, float] | None, typer.Option(help="llm: $ a million tokens in, out")] = None,
     rate: Annotated[bool, typer.Option(help="llm: rate each answer from 1 to 10 as well")] = False,
-    settings: Annotated[str, typer.Option(help='llm: what a request says, as {"temperature": 0}')] = "",
     export: Annotated[str | None, typer.Option(help="alpaca_eval | arena-hard: write the samples so")] = None,
     output: Annotated[Path, typer.Option(help="folder of page, answers, exports")] = Path("runs/judged"),
 ) -> None:
@@ -149,7 +137,7 @@ def evaluate(
     from .judge import make_judge
     from .record import read
 
-    llm = {"model": model, "endpoint": endpoint, "price": price, "settings": _json_object(settings)}
+    llm = {"model": model, "endpoint": endpoint, "price": price}
     for name, value in (llm | {"rate": rate}).items():
         if value and judge != "llm":
             raise ValueError(f"--{name} is for --judge llm; the judge is {judge or 'not named'}.")
@@ -158,34 +146,20 @@ def evaluate(
     if export:
         check_format(export)
     if judge:  # made before anything is sampled: what it lacks is said at once
-        data = [read(run).prompts_from for run in runs]
-        asked = make_judge(judge, data=data[0], cache=output / "answers.jsonl", **llm)
+        asked = make_judge(judge, data=read(runs[0]).prompts_from, cache=output / "answers.jsonl", **llm)
     for run in runs:
-        again = judge is None or prompts is not None or seed is not None
-        if again or not (run / "samples.jsonl").is_file():
+        if not judge or prompts is not None or seed is not None or not (run / "samples.jsonl").is_file():
             _say(f"report: {evaluate_run(run, prompts=prompts, seed=seed)}")
     if export:
         names = [name.replace("/", "-") for name in names_of(runs)]
         for run, name, who in [*zip(runs, names, ["policy"] * len(runs)), (runs[0], names[0], "initial")]:
-            generator = name + "-initial" * (who == "initial")
-            written = export_outputs(run, output / export, format=export, who=who, generator=generator)
-            _say(f"outputs: {written}")
+            _say(f"outputs: {export_outputs(run, output / export, format=export, who=who, generator=name)}")
     if judge:
         result = head_to_head(*runs, judge=asked, rate=rate)
-        _show_table(result.table, result)
+        _print_result(result, result.table)
         _say(f"page: {result.save(output)}")
     else:
         _show(compare_runs(runs))
-
-
-def _json_object(text: str) -> dict | None:
-    try:
-        found = json.loads(text) if text else None
-    except json.JSONDecodeError:
-        found = text
-    if found is not None and not isinstance(found, dict):
-        raise ValueError(f"--settings {text} is not a JSON object, such as '{{\"temperature\": 0}}'.")
-    return found
 
 
 @app.command()
@@ -212,7 +186,7 @@ def chat(run: Annotated[Path, typer.Argument(help="directory of a run")],
 
 @app.command()
 def doctor(
-    settings: Annotated[list[str] | None, typer.Argument(help="key=value, settings of the recipe")] = None,
+    settings: Settings = None,
     recipe: Annotated[str | None, typer.Option(help="predict this recipe's peak memory instead")] = None,
 ) -> None:
     """What is installed, which device and precision a run would use, and what would fail.
@@ -228,9 +202,9 @@ def doctor(
 
     findings = examine()
     for name, value in findings.facts.items():
-        console.print(f"{name:<16}{_plain(value)}", soft_wrap=True)
+        _say(f"{name:<16}{value}")
     for problem in findings.problems:
-        console.print(f"[yellow]would fail[/]      {_plain(problem)}", soft_wrap=True)
+        console.print(f"[yellow]would fail[/]      {escape(problem)}", soft_wrap=True)
     if not findings.problems:
         console.print("[green]nothing that would fail[/]")
 
@@ -242,18 +216,10 @@ def _will_it_fit(name: str, settings: list[str]) -> None:
     from .memory import predict, smaller
 
     prediction = predict(recipe)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0))
-    table.add_column(f"at the peak: {prediction.moment}")
-    table.add_column("memory", justify="right")
-    for part, size in sorted(prediction.parts.items(), key=lambda item: -item[1]):
-        if size >= 2**19:  # half of the last digit
-            table.add_row(part, _bytes(size))
-    table.add_section()
-    table.add_row("peak", _bytes(prediction.total))
-    table.add_row("free on this device", _bytes(prediction.free))
-    console.print(table)
-    peaks = {moment: _bytes(sum(parts.values())) for moment, parts in prediction.moments.items()}
-    _say("all moments: " + ", ".join(f"{moment} {peak}" for moment, peak in peaks.items()))
+    parts = sorted(prediction.parts.items(), key=lambda item: -item[1])
+    rows = [(part, _bytes(size)) for part, size in parts if size >= 2**19]  # half of the last digit
+    rows += [("peak", _bytes(prediction.total)), ("free on this device", _bytes(prediction.free))]
+    _print_table([f"at the peak: {prediction.moment}", "memory"], rows)
     _say(f"{recipe.micro_batch_size or recipe.batch_size} rows at once, each as long as the recipe allows: "
          f"prompts of {recipe.max_prompt_tokens} and completions of {recipe.max_completion_tokens} tokens")
     if prediction.fits:
@@ -276,36 +242,35 @@ def _bytes(size: float) -> str:
 
 def _show(comparison) -> None:
     """What fits a terminal of 80 columns; the page has the rest. Settings that all runs share go below."""
-    summary = comparison.summary.drop(columns=["alpha", "tau", "reference"], errors="ignore")
-    summary.insert(1, "reference", [_reference(row) for row in comparison.table.to_dict("records")])
-    summary["method"] = summary["method"].str.removeprefix("TR-")  # the column before says whether it moves
-    same = [name for name in SETTINGS if name in summary and len(set(summary[name]) - {""}) == 1]
-    wanted = RESULTS if "gold" in summary else RESULTS_WITHOUT_GOLD
-    differing = [name for name in SETTINGS if name in summary and name not in same]
-    columns = ["run", "reference", *differing, *(name for name in wanted if name in summary)]
-    shared = ["all runs: " + ", ".join(f"{name} {max(summary[name])}" for name in same)] if same else []
-    frame = summary[columns].rename(columns=lambda name: name.removesuffix(" to initial"))
-    _show_table(frame, comparison, shared)
+    summary = comparison.summary
+    summary["method"] = summary["method"].str.removeprefix("TR-")  # the reference says whether it moves
+    runs = summary[summary["run"] != "initial policy"]
+    same = [name for name in SETTINGS if name in runs and runs[name].nunique() == 1]
+    shared = ", ".join(f"{name} {runs[name].iloc[0]}" for name in same)
+    shown = [name for name in ("run", *SETTINGS, *RESULTS) if name in summary and name not in same]
+    _print_result(comparison, summary[shown], ["all runs: " + shared])
 
 
-def _show_table(frame, result, remarks: Iterable[str] = ()) -> None:
+def _print_result(result, frame, remarks: Iterable[str] = ()) -> None:
     """A table of texts, after the warnings and before the notes of what it is about."""
     for warning in result.warnings:
-        console.print(f"[bold yellow]Warning.[/] {_plain(warning)}")
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in frame:
-        table.add_column(_plain(name), no_wrap=True)
-    for row in frame.to_numpy():
-        table.add_row(*map(_plain, row))
-    console.print(table)
+        console.print(f"[bold yellow]Warning.[/] {escape(warning)}")
+    _print_table(frame.columns, frame.to_numpy())
     for remark in (*remarks, *result.notes):
-        console.print(_plain(remark), style="dim")
+        console.print(remark, style="dim", markup=False)
 
 
-def _reference(run: dict) -> str:
-    """`soft 0.6 every 16`, `hard every 32`, `fixed`, or nothing for the initial policy."""
-    moving = {"soft": "soft {alpha:g} every {tau:g}", "hard": "hard every {tau:g}"}
-    return moving.get(run["reference"], run["reference"]).format(**run)
+def _print_table(header: Iterable[str], rows: Iterable) -> None:
+    table = Table(*map(escape, header), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in table.columns:
+        column.no_wrap = True
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def _say(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)  # a path stays in one piece, to be copied
 
 
 if __name__ == "__main__":

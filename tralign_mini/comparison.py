@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from . import pages, plots
-from .pages import escape, interval_text, number
+from .overoptimization import gold_at
+from .pages import Side, escape, interval_text, number
 from .plot_style import png
 from .record import Record, read
 
@@ -40,7 +41,7 @@ class Comparison:
     figures: dict[str, Figure]
     warnings: list[str]
     notes: list[str]
-    samples: Mapping[str, tuple[str, Record]] = field(repr=False)  # name of the column -> whose samples
+    sides: dict[str, Side] = field(repr=False)  # those with samples, if the initial policy is one for all
 
     @property
     def summary(self) -> pd.DataFrame:
@@ -51,19 +52,12 @@ class Comparison:
         columns |= {header: [number(value) for value in self.table[name]] for name, header in PRINTED.items()}
         return pd.DataFrame({name: column for name, column in columns.items() if any(column)})
 
-    @property
-    def markdown(self) -> str:
-        """Warnings, table and notes."""
-        table = pages.markdown_table(self.summary, [map(escape, row) for row in self.summary.to_numpy()])
-        return "\n\n".join([*pages.warning_lines(self.warnings), table, *map(escape, self.notes)])
-
     def save(self, folder: str | Path) -> Path:
         """Write comparison.md and figures/*.png into `folder`; returns comparison.md."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = ["# Comparison", self.markdown, *pages.save_figures(self.figures, folder)]
-        text += pages.side_by_side(self.samples) if self.samples else []
-        return pages.write_page(folder / "comparison.md", text)
+        table = pages.markdown_table(self.summary, [map(escape, row) for row in self.summary.to_numpy()])
+        text = [table, *map(escape, self.notes), *pages.save_figures(self.figures, Path(folder))]
+        text += pages.side_by_side(self.sides) if self.sides else []
+        return pages.write_page(Path(folder) / "comparison.md", "Comparison", self.warnings, text)
 
     def _repr_html_(self) -> str:
         parts = [f"<p><b>Warning.</b> {html.escape(warning)}</p>" for warning in self.warnings]
@@ -97,9 +91,9 @@ def compare(runs: Iterable) -> Comparison:
     figures = _figures(table, named, shared["gold"] if shared else np.nan)
     for figure in figures.values() if different else ():
         figure.suptitle("NOT COMPARABLE: model, data or prompts differ", color="#D55E00", fontweight="bold")
-    samples = {name: ("policy", record) for name, record in named.items() if record.samples}
-    samples = {"initial policy": ("initial", records[0])} | samples if shared else {}
-    return Comparison(table, figures, warnings, _notes(table, named, shared), samples)
+    sides = {name: ("policy", record) for name, record in named.items() if record.samples}
+    sides = {"initial policy": ("initial", records[0])} | sides if shared else {}
+    return Comparison(table, figures, warnings, _notes(table, named, shared), sides)
 
 
 def _setting(value) -> str:
@@ -173,14 +167,11 @@ def _at_equal_kl(named: dict[str, Record], initial_gold: float) -> list[str]:
     paths = {}
     for name, record in named.items():
         rows = record.history.reindex(columns=["kl/initial", "gold/reward"]).dropna()
-        paths[name] = np.array([(0.0, initial_gold), *rows.to_numpy(float)])
-    common = min(path[:, 0].max() for path in paths.values())
+        paths[name] = np.array([(0.0, initial_gold), *rows.to_numpy(float)]).T
+    common = min(kl.max() for kl, _ in paths.values())
     if common <= 0:
         return []
-    values = []
-    for name, path in paths.items():
-        after = int(np.argmax(path[:, 0] >= common))  # the first point is at 0, so there is one before
-        values.append(f"{name} {np.interp(common, *path[after - 1 : after + 1].T):.2f}")
+    values = [f"{name} {gold_at(*path, common):.2f}" for name, path in paths.items()]
     return [f"Gold reward at equal KL to the initial policy ({common:.2f} nats, as far as all of them went; "
             f"interpolated between evaluations, so no more certain than the values above): "
             f"{', '.join(values)}."]

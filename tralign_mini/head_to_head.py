@@ -15,14 +15,12 @@ import pandas as pd
 
 from . import metrics, pages
 from .comparison import differences, names_of
-from .export_outputs import sampled
+from .json_lines import write_rows
 from .judge import Verdict, points
 from .judge_prompts import CRITERIA
 from .metrics import Interval
-from .pages import escape, interval_text, number
-from .record import Record
-
-Side = tuple[str, Record]  # whose samples, "policy" or "initial", of which run
+from .pages import Side, escape, interval_text
+from .record import Record, read_sampled
 
 
 @dataclass
@@ -33,33 +31,35 @@ class HeadToHead:
     equal length in words.
     """
 
-    names: tuple[str, str]
+    sides: dict[str, Side] = field(repr=False)  # by their names, both on the same prompts
     win_rate: Interval
     length_controlled: Interval
     verdicts: list[Verdict]
     table: pd.DataFrame
     warnings: list[str]
     notes: list[str]
-    sides: tuple[Side, Side] = field(repr=False)  # on the same prompts
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return tuple(self.sides)
 
     def save(self, folder: str | Path) -> Path:
         """Write A-against-B.md, samples side by side, and A-against-B.jsonl, a verdict a line; the page."""
-        folder, title = Path(folder), " against ".join(self.names)
-        folder.mkdir(parents=True, exist_ok=True)
-        page = folder / (title.replace("/", "-").replace(" ", "-") + ".md")
-        texts = [record.column(who) for who, record in self.sides]
-        rows = zip(self.sides[0][1].column("prompt"), *texts, self.verdicts)
+        title = " against ".join(self.names)
+        page = Path(folder) / (title.replace("/", "-").replace(" ", "-") + ".md")
+        a, b = (record.column(who) for who, record in self.sides.values())
+        prompts = self.sides[self.names[0]][1].column("prompt")
+        rows = zip(prompts, a, b, self.verdicts)
         rows = [{"prompt": prompt, "a": a, "b": b} | verdict._asdict() for prompt, a, b, verdict in rows]
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        page.with_suffix(".jsonl").write_text("".join(lines), encoding="utf-8")
+        write_rows(page.with_suffix(".jsonl"), rows)
 
         cells = [map(escape, row) for row in self.table.to_numpy()]
-        parts = [f"# {escape(title)}", *pages.warning_lines(self.warnings)]
-        parts += [pages.markdown_table(map(escape, self.table), cells), *map(escape, self.notes)]
+        parts = [pages.markdown_table(map(escape, self.table), cells), *map(escape, self.notes)]
         winners = dict(zip("ab", (f"{name} wins:" for name in self.names))) | {"tie": "Tie:"}
         said = [(winners.get(verdict.winner, "No verdict:"), verdict.why) for verdict in self.verdicts]
         said = [f"**{escape(winner)}** {escape(why)}" for winner, why in said]
-        return pages.write_page(page, parts + pages.side_by_side(dict(zip(self.names, self.sides)), said))
+        parts += pages.side_by_side(self.sides, said)
+        return pages.write_page(page, escape(title), self.warnings, parts)
 
 
 def head_to_head(a, b=None, *, judge, rate: bool = False) -> HeadToHead:
@@ -70,10 +70,12 @@ def head_to_head(a, b=None, *, judge, rate: bool = False) -> HeadToHead:
     """
     if rate and not hasattr(judge, "rate"):
         raise ValueError(f"The judge {judge.name!r} gives no ratings from 1 to 10: an LLMJudge does.")
-    records = _on_common_prompts([sampled(run) for run in ((a,) if b is None else (a, b))])
-    names = (*names_of([record.directory for record in records]), "initial policy")[:2]
-    sides = (("policy", records[0]), ("policy", records[1]) if len(records) > 1 else ("initial", records[0]))
-    prompts, texts = records[0].column("prompt"), [record.column(who) for who, record in sides]
+    records = _on_common_prompts([read_sampled(run) for run in ((a,) if b is None else (a, b))])
+    names = names_of([record.directory for record in records])
+    sides = {name: ("policy", record) for name, record in zip(names, records)}
+    if b is None:
+        sides["initial policy"] = ("initial", records[0])
+    prompts, texts = records[0].column("prompt"), [record.column(who) for who, record in sides.values()]
 
     verdicts = judge(prompts, *texts)
     outcomes = points(verdicts)
@@ -93,13 +95,13 @@ def head_to_head(a, b=None, *, judge, rate: bool = False) -> HeadToHead:
     rows["win rate, ties half"] = _both_sides(won)
     rows["win rate at equal length"] = _both_sides(controlled)
     rows |= _ratings([judge.rate(prompts, side) for side in texts]) if rate else {}
-    columns = [_measures(who, record) for who, record in sides]
-    rows |= {measure: [column[measure] for column in columns] for measure in columns[0]}
-    table = pd.DataFrame([(name, *row) for name, row in rows.items() if any(row)], columns=["", *names])
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=list(sides))
+    table = pd.concat([table, pages.measures(sides)])
+    table = table[(table != "").any(axis=1)].rename_axis("").reset_index()
 
     different, warnings = differences(records), []
     if different:
-        warnings.append(f"{names[0]} and {names[1]} differ in {'; '.join(different)}.")
+        warnings.append(f"{' and '.join(names)} differ in {'; '.join(different)}.")
     if failed:
         warnings.append(f"The judge failed on {failed} of {len(prompts)} prompts, which count in no rate.")
     notes = [f"Judge: {judge.name}. {len(prompts)} prompts, one seed a run. {pages.CAVEAT} Equal length: a "
@@ -109,7 +111,7 @@ def head_to_head(a, b=None, *, judge, rate: bool = False) -> HeadToHead:
         notes.append(_about_positions(orders))
     if hasattr(judge, "report"):
         notes.append(judge.report())
-    return HeadToHead(names, won, controlled, verdicts, table, warnings, notes, sides)
+    return HeadToHead(sides, won, controlled, verdicts, table, warnings, notes)
 
 
 def _on_common_prompts(records: list[Record]) -> list[Record]:
@@ -121,25 +123,6 @@ def _on_common_prompts(records: list[Record]) -> list[Record]:
         raise ValueError(f"{both} were sampled on different prompts. Compare runs on the same data, and give "
                          "both the same number of prompts (--prompts N).")
     return [replace(record, samples=[rows[key] for key in common]) for record, rows in zip(records, keyed)]
-
-
-def _measures(who: str, record: Record) -> dict[str, str]:
-    numbers = record.numbers(who)
-    texts = [text for text in record.column(who) if len(text.split()) > 1]  # others have no pair of words
-    names, trained = ("kl/initial", "kl/reference"), who == "policy"
-    kl = [record.last(name) for name in names] if trained else [0.0, np.nan]
-    per_token = [record.per_token(name) for name in names] if trained else [0.0, np.nan]
-    return {
-        "gold reward": interval_text(*(numbers[key] for key in ("gold", "low", "high"))),
-        "words a completion": number(numbers["length"]),
-        "Self-BLEU (n = 3)": number(numbers["self_bleu"]),
-        "distinct words": number(metrics.distinct_n(texts, 1)) if texts else "",
-        "distinct pairs of words": number(metrics.distinct_n(texts, 2)) if texts else "",
-        "KL to initial, nats a completion": number(kl[0]),
-        "KL to initial, nats a token": number(per_token[0], ".3f"),
-        "KL to reference, nats a completion": number(kl[1]),
-        "KL to reference, nats a token": number(per_token[1], ".3f"),
-    }
 
 
 def _ratings(sides: Sequence[list[dict | None]]) -> dict[str, list[str]]:

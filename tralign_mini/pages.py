@@ -12,8 +12,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from . import plots
+from .metrics import distinct_n
 from .plot_style import png
 from .record import Record, prompt_text
+
+Side = tuple[str, Record]  # whose samples, "policy" or "initial", of which run
 
 SHOWN_PROMPTS, SHOWN_CHARACTERS = 5, 1500
 CAVEAT = "Intervals (95 %) cover the prompts only, not the seeds."
@@ -32,36 +35,52 @@ CAPTIONS = {
 def curve_figures(history: pd.DataFrame, initial_gold: float) -> dict[str, Figure]:
     """The figures over steps and over KL for which something was measured."""
     kl, gold = (plots.has(history, column) for column in ("kl/initial", "gold/reward"))
-    initial_gold = None if np.isnan(initial_gold) else initial_gold
+    start = None if np.isnan(initial_gold) else initial_gold
     figures = {"kl": plots.kl_curves(history)} if kl else {}
-    if gold:
-        figures["gold_over_steps"] = plots.gold_curves(history, initial_gold)
-    if kl and gold:
-        figures["overoptimization"] = plots.overoptimization(history, initial_gold)
-    return figures
+    figures |= {"gold_over_steps": plots.gold_curves(history, start)} if gold else {}
+    return figures | ({"overoptimization": plots.overoptimization(history, start)} if kl and gold else {})
 
 
-def write_page(path: Path, parts: list[str]) -> Path:
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+def measures(sides: Mapping[str, Side]) -> pd.DataFrame:
+    """A row a measure, a column a side, all texts, "" if not measured; KL, tokens: at the last evaluation."""
+    columns = {}
+    for name, (who, record) in sides.items():
+        numbers, tokens = record.numbers(who), record.last("length/completion")
+        texts = [text for text in record.column(who) if len(text.split()) > 1]  # others have no pair of words
+        column = {
+            "gold reward": interval_text(*(numbers[key] for key in ("gold", "low", "high"))),
+            "words a completion": number(numbers["length"]),
+            "tokens a completion": number(tokens) if who == "policy" else "",
+            "Self-BLEU (n = 3)": number(numbers["self_bleu"]),
+            "distinct words": number(distinct_n(texts, 1)) if texts else "",
+            "distinct pairs of words": number(distinct_n(texts, 2)) if texts else "",
+        }
+        for other, kl in (("initial", 0.0), ("reference", np.nan)):
+            kl = record.last(f"kl/{other}") if who == "policy" else kl
+            column[f"KL to {other}, nats a completion"] = number(kl)
+            column[f"KL to {other}, nats a token"] = number(kl / tokens, ".3f")
+        columns[name] = column
+    return pd.DataFrame(columns)
+
+
+def write_page(path: Path, title: str, warnings: Iterable[str], parts: Iterable[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    warned = [f"> **Warning.** {escape(warning)}" for warning in warnings]
+    path.write_text("\n\n".join([f"# {title}", *warned, *parts]) + "\n", encoding="utf-8")
     return path
-
-
-def warning_lines(warnings: list[str]) -> list[str]:
-    return [f"> **Warning.** {escape(warning)}" for warning in warnings]
 
 
 def save_figures(figures: dict[str, Figure], folder: Path) -> list[str]:
     """Write figures/<name>.png; returns the links to them."""
-    (folder / "figures").mkdir(exist_ok=True)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         (folder / "figures" / f"{name}.png").write_bytes(png(figure))
     return [f"![{CAPTIONS[name]}](figures/{name}.png)" for name in figures]
 
 
-def side_by_side(columns: Mapping[str, tuple[str, Record]], remarks: Sequence[str] = ()) -> list[str]:
-    """The first prompts, and under each what every one of `columns` answered, with its gold reward; a remark
-    on each may follow."""
-    _, record = next(iter(columns.values()))
+def side_by_side(sides: Mapping[str, Side], remarks: Sequence[str] = ()) -> list[str]:
+    """The first prompts, and under each what all sides answered, with gold rewards; a remark may follow."""
+    _, record = next(iter(sides.values()))
     text = ["## Samples", "The first prompts of the evaluation, not chosen; drawn at temperature 1."]
     for i, row in enumerate(record.samples[:SHOWN_PROMPTS]):
         prompt = prompt_text(row["prompt"])
@@ -69,13 +88,13 @@ def side_by_side(columns: Mapping[str, tuple[str, Record]], remarks: Sequence[st
             prompt = "[…] " + prompt[-SHOWN_CHARACTERS:]
         ticks = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", prompt))])
         answers = []
-        for who, of in columns.values():
+        for who, of in sides.values():
             sample, answer = of.samples[i], of.samples[i][who]
             gold = f"**{sample[f'gold_{who}']:.2f}** " if f"gold_{who}" in sample else ""
             cut = " […]" if len(answer) > SHOWN_CHARACTERS else ""
             answers.append(gold + (escape(answer[:SHOWN_CHARACTERS].strip() + cut) or "*(empty)*"))
         text += [f"### Prompt {i + 1}", f"{ticks}text\n{prompt.strip()}\n{ticks}"]
-        text += [markdown_table(map(escape, columns), [answers]), *remarks[i : i + 1]]
+        text += [markdown_table(map(escape, sides), [answers]), *remarks[i : i + 1]]
     return text
 
 

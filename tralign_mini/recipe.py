@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .plan import WITHOUT_REFERENCE, Plan
+from .plan import WITHOUT_REFERENCE, Plan, unit_of
 from .recipe_file import RecipeError, dump, explain, parse_assignments, read
 from .worlds import WORLDS
 
@@ -254,7 +254,7 @@ class Recipe(BaseModel):
 
     def plan(self, n_rows: int) -> Plan:
         """What a run does with `n_rows` prepared rows (pairs; kto, sft: completions). Raises RecipeError."""
-        unit = {"kto": "completions", "sft": "completions", "ppo": "prompts"}.get(self.method, "pairs")
+        unit = unit_of(self.method)
         rows = self.train_pairs or n_rows
         steps = self.max_steps or Fraction(str(self.epochs)) * rows // self.batch_size
         if rows > n_rows:
@@ -267,7 +267,7 @@ class Recipe(BaseModel):
             problem = (f"epochs={self.epochs:g} of {rows} {unit} is less than one batch of batch_size="
                        f"{self.batch_size}: raise epochs or lower batch_size")
         else:
-            return Plan(self, rows, unit, steps, self.trust_region().updates(steps))
+            return Plan(self, rows, steps, self.trust_region().updates(steps))
         raise RecipeError([problem])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .json_lines import read_rows
 from .metrics import Interval, mean_interval, self_bleu, win_rate
 from .plan import WITHOUT_REFERENCE
 from .recipe import Recipe
@@ -32,15 +33,14 @@ class Record:
         return self.recipe.get("eval_data") or self.recipe["data"]
 
     @property
-    def kind(self) -> str:
-        """Its reference: "fixed", "soft", "hard", or "none"; "initial" for SFT: it makes initial policies."""
-        if self.has_reference:
-            return self.recipe["reference"]
-        return "initial" if self.recipe["method"] == "sft" else "none"
-
-    @property
     def has_reference(self) -> bool:
         return self.recipe["method"] not in WITHOUT_REFERENCE
+
+    @property
+    def kind(self) -> str:
+        """Its reference: "fixed", "soft", "hard", or "none"; "initial" for SFT: it makes initial policies."""
+        without = "initial" if self.recipe["method"] == "sft" else "none"
+        return self.recipe["reference"] if self.has_reference else without
 
     @property
     def moves(self) -> bool:
@@ -65,10 +65,6 @@ class Record:
         """The last measured value of a column."""
         values = self.history[column].dropna() if column in self.history else ()
         return float(values.iloc[-1]) if len(values) else default
-
-    def per_token(self, column: str) -> float:
-        """The last value of a mean over completions, as KL, for a token of them."""
-        return self.last(column) / self.last("length/completion")
 
     def accuracy(self) -> float:
         """Reward accuracy on the training pairs, mean over the last tenth of the steps."""
@@ -119,28 +115,24 @@ def read(run) -> Record:
     if missing:
         raise ValueError(f"{directory} is not the directory of a run: it has no {' and no '.join(missing)}. "
                          "Give a recipe's `output`; a run that has just started has no metrics.jsonl yet.")
-    history = pd.DataFrame(_json_lines(directory / "metrics.jsonl"))
+    history = pd.DataFrame(read_rows(directory / "metrics.jsonl"))
     if history.empty:
         raise ValueError(f"{directory / 'metrics.jsonl'} is empty: the run has not finished its first step.")
     report = directory / "data_report.json"
     data_report = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
-    recipe, samples = Recipe.load(directory).model_dump(), _json_lines(directory / "samples.jsonl")
+    recipe, samples = Recipe.load(directory).model_dump(), read_rows(directory / "samples.jsonl")
     return Record(directory, recipe, history, samples, data_report)
+
+
+def read_sampled(run) -> Record:
+    """The same of a run that has samples with their texts; ValueError says how to get them."""
+    record = read(run)
+    if not record.samples or not {"prompt", "initial", "policy"} <= set(record.samples[0]):
+        raise ValueError(f"{record.directory} has no samples.jsonl with prompts and answers. If the run "
+                         f"still has a checkpoint: tralign evaluate {record.directory}")
+    return record
 
 
 def prompt_text(prompt: str | list[dict]) -> str:
     """A prompt to be shown: chat messages as a line each."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-
-
-def _json_lines(path: Path) -> list[dict]:
-    """One object a line; a last line without its newline was cut off by a kill and does not count."""
-    rows = []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error.msg}): the file was damaged after "
-                             "the run. Restore it, or remove this line.") from None
-    return rows
