@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from tralign_mini import cli, models, mpo
 from tralign_mini.data import load_dataset
 from tralign_mini.mpo import folds_of, gap_figure, load_settings, split_gaps, stage_recipe, train_mpo
 from tralign_mini.recipe_file import RecipeError
+from tralign_mini.widgets.split_explorer import wrong_share
 
 GAPS = [3.0, -0.5, 0.2, -2.0, 1.0]
 
@@ -83,8 +85,33 @@ def test_the_picture_shows_the_counts_and_the_threshold():
     assert sorted(labels) == ["easy, right sign: 2 (40%)", "easy, wrong sign: 1 (20%)", "hard: 2 (40%)"]
     lines = sorted(line.get_xdata()[0] for line in figure.axes[0].lines)
     assert lines == [-0.9, 0.9] and figure.axes[0].get_legend().get_title().get_text() == "γ = 0.9"
-    bars = sum(patch.get_height() for part in figure.axes[0].containers for patch in part)
-    assert bars == 5  # none falls off the picture
+    steps = [patch.get_data() for patch in figure.axes[0].patches]
+    assert [(values - below).sum() for values, _, below in steps] == [2, 2, 1]  # none falls off the picture
+
+
+# The slider: pairs 0 and 2 have the larger gaps, the labels of 0 and 1 are wrong, 3 is between equals.
+KNOWN = {"gaps": [-2.0, 0.5, 1.5, -0.2], "gold": [-1.0, -1.0, 2.0, 0.0]}
+
+
+@pytest.mark.parametrize("sign, stage_1", [("keep", (0.5, 2)), ("drop", (0.0, 1)), ("flip", (0.0, 2))])
+def test_wrong_labels_are_counted_on_both_sides_of_the_threshold(sign, stage_1):
+    found = wrong_share(**KNOWN, easy_fraction=0.5, wrong_sign=sign)
+    assert found == {"all pairs": (pytest.approx(2 / 3), 4), "hard": (1.0, 2), "easy": (0.5, 2),
+                     "stage 1": stage_1}
+
+
+def test_the_slider_moves_the_threshold_and_a_picture_takes_a_tenth_of_a_second():
+    rng = np.random.default_rng(0)
+    panel = tr.widgets.split_explorer(rng.normal(0.5, 1, 3200), rng.normal(0.5, 1, 3200))
+    assert panel.wait() and panel.error is None
+    first, panel.easy.value = bytes(panel.image.value), 0.2
+    assert panel.wait() and panel.error is None and bytes(panel.image.value) != first
+    assert "hard: 2560 (80%)" in [text.get_text() for text in panel.axes[0].get_legend().get_texts()]
+    second, panel.sign.value = bytes(panel.image.value), "flip"
+    assert panel.wait() and bytes(panel.image.value) != second
+    begun = time.thread_time()
+    panel.picture()
+    assert time.thread_time() - begun < 0.25
 
 
 # ------------------------------------------------------------------------------------------- the whole of it

@@ -117,20 +117,23 @@ def test_only_what_moves_is_drawn_again_and_it_looks_the_same(monkeypatch):
     figure = new_figure(3, 2)
     ax = figure.subplots()
     ax.set(xlim=(0, 1), ylim=(0, 1))
+    kept = ax.axvline(0.5)
+    picture = shared.Picture(figure)
     [line] = ax.plot([0, 1], [0, 1])
-    picture = shared.Picture(figure, [line])
     whole, drawn = [], picture._canvas.draw
     monkeypatch.setattr(picture._canvas, "draw", lambda: (whole.append(1), drawn()))
     first = picture.png()
     line.set_ydata([1, 0])
     second = picture.png()
     assert second != first and len(whole) == 1
-    picture._still = None  # all over again
+    picture._look = None  # all over again
     assert picture.png() == second and len(whole) == 2
     line.set_ydata([0, 1])
     assert picture.png() == first and len(whole) == 2
     ax.set_ylim(0, 2)
     assert picture.png() != first and len(whole) == 3
+    picture.clear()
+    assert list(ax.lines) == [kept]
 
 
 def test_errors_are_shown_until_it_works_again():
@@ -203,15 +206,16 @@ def test_an_update_is_a_jump():
     panel = loss_explorer()
     panel.margin.value, panel.beta.value = 20, 0.1
     pictured(panel)
-    gradient_axes = list(panel.parts)[1]
-    _, arrow, before, after, text = panel.parts[gradient_axes]
+    ax = panel.axes[1]  # of the gradient
+    [arrow, text], [*_, before, after] = ax.texts, ax.lines
     assert text.get_text() == "−0.0119 → −0.05"  # -beta sigmoid(-beta h), then -beta / 2
     assert before.get_xydata()[0] == pytest.approx([20, -1 / (1 + np.exp(2))])  # in units of beta
     assert after.get_xydata()[0] == pytest.approx([0, -0.5])
     assert arrow.arrow_patch.get_visible()
     panel.alpha.value = 0.0
     pictured(panel)
-    assert not arrow.arrow_patch.get_visible()
+    [text] = ax.texts  # and no arrow
+    assert text.get_text() == "−0.0119 → −0.0119"
 
 
 def test_controls_of_the_loss():
@@ -299,7 +303,8 @@ def test_controls_and_map_of_the_toy(small_toy):
     for control, value in ((panel.alpha, 1.0), (panel.tau, 2), (panel.shown, "kl")):
         change(panel, control, value)
     assert seconds_of_a_picture(panel) < 0.1
-    cells = np.asarray(panel.cells.get_array())
+    [image] = panel.axes[2].images
+    cells = np.asarray(image.get_array())
     assert cells.shape == (len(ALPHAS), len(TAUS)) and not cells[0].any()  # alpha = 0 is the fixed reference
     ends, fixed = (trained("small", "dpo", 1.0, alpha)["out"][:, :, -1].mean(1) for alpha in (0.6, 0.0))
     assert cells[ALPHAS.index(0.6)] == pytest.approx(ends - fixed, abs=1e-6)
@@ -551,10 +556,10 @@ def test_what_a_live_run_draws(settings, tmp_path):
     panel.start()
     assert panel.wait() and panel.state == "finished"
     rows = metrics(tmp_path / "run")
-    lines = {column: line for lines, _, _ in panel.parts.values() for column, line in lines.items()}
-    assert lines["loss"].get_xydata().tolist() == [[row["step"], row["loss"]] for row in rows]
-    assert list(lines["kl/initial"].get_xdata()) == [10, 20] and not len(lines["gold/reward"].get_xdata())
-    _, kinds, moves = next(iter(panel.parts.values()))
+    loss, _, kl, gold = panel.axes
+    assert loss.lines[0].get_xydata().tolist() == [[row["step"], row["loss"]] for row in rows]
+    assert list(kl.lines[0].get_xdata()) == [10, 20] and not len(gold.lines[0].get_xdata())
+    kinds, moves = loss.collections
     assert kinds.get_segments()[0].tolist() == [[0, 0.985], [20, 0.985]]  # soft, all the way
     assert [segment[0, 0] for segment in moves.get_segments()] == [4, 8, 12, 16, 20]
 

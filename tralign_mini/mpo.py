@@ -66,6 +66,15 @@ def split_gaps(gaps: Sequence[float], *, gamma: float | None = None,
     return Split(easy, float(gamma))
 
 
+def stage_1_labels(gaps: Sequence[float], part: Sequence[bool], wrong_sign: str) -> np.ndarray:
+    """What becomes of each label in stage 1: kept, dropped, flipped, or "" for a pair of the other part.
+
+    gaps: (pairs,); part: bool, (pairs,), those of stage 1; wrong_sign: keep, drop or flip.
+    """
+    what = {"keep": "kept", "drop": "dropped", "flip": "flipped"}[wrong_sign]
+    return np.where(part, np.where(np.asarray(gaps) < 0, what, "kept"), "")
+
+
 def _check_threshold(gamma, easy_fraction) -> None:
     if (gamma is None) == (easy_fraction is None):
         raise ValueError(f"gamma={gamma} and easy_fraction={easy_fraction}: give one of them; gamma is a gap "
@@ -268,8 +277,7 @@ def _split(settings: Mapping[str, Any], directory: Path) -> None:
     gaps = rewards[0] - rewards[1]
     easy, gamma = split_gaps(gaps, gamma=settings["gamma"], easy_fraction=settings["easy_fraction"])
     wrong, in_first = gaps < 0, easy != settings["swap"]
-    what = {"keep": "kept", "drop": "dropped", "flip": "flipped"}[settings["wrong_sign"]]
-    labels = np.where(in_first, np.where(wrong, what, "kept"), "")  # stage 2 asks for no label
+    labels = stage_1_labels(gaps, in_first, settings["wrong_sign"])
 
     def flipped(row: dict) -> dict:
         return row | {"chosen": row["rejected"], "rejected": row["chosen"]}
@@ -309,19 +317,27 @@ def _replace(path: Path, text: str) -> None:
 
 def gap_figure(gaps: Sequence[float], gamma: float) -> Figure:
     """How large the gaps r(chosen) - r(rejected) are, and which pairs the threshold makes easy and hard."""
-    gaps = np.asarray(gaps, dtype=float)
-    easy, wrong = np.abs(gaps) > gamma, gaps < 0
     figure = new_figure(8.2, 4.3)
     ax = figure.subplots()
     xlabel = "r(chosen) − r(rejected), by a model that never saw the pair"
     style_axes(ax, "Reward gaps of the training pairs", xlabel, "pairs")
+    draw_gaps(ax, gaps, gamma)
+    return figure
+
+
+def draw_gaps(ax, gaps: Sequence[float], gamma: float) -> None:
+    """The histogram of `gap_figure`, on axes that are there."""
+    gaps = np.asarray(gaps, dtype=float)
+    easy, wrong = np.abs(gaps) > gamma, gaps < 0
     edges = np.linspace(*np.quantile(gaps, [0.001, 0.999]), 60)
     parts = {"hard": ~easy, "easy, right sign": easy & ~wrong, "easy, wrong sign": easy & wrong}
-    names = [f"{name}: {mask.sum()} ({mask.mean():.0%})" for name, mask in parts.items()]
-    shown = [np.clip(gaps[mask], edges[0], edges[-1]) for mask in parts.values()]
-    colors = [COLORS[name] for name in ("initial", "fixed", "soft")]
-    ax.hist(shown, bins=edges, stacked=True, label=names, color=colors)
+    below = np.zeros(len(edges) - 1)
+    for (name, mask), color in zip(parts.items(), ("initial", "fixed", "soft")):
+        top = below + np.histogram(np.clip(gaps[mask], edges[0], edges[-1]), edges)[0]
+        label = f"{name}: {mask.sum()} ({mask.mean():.0%})"
+        ax.stairs(top, edges, baseline=below, fill=True, color=COLORS[color], label=label)
+        below = top
+    ax.set_ylim(0, 1.5 * below.max())  # room for the names
     for threshold in (-gamma, gamma):
         ax.axvline(threshold, color=INK, lw=1.4, ls="--")
     ax.legend(frameon=False, fontsize=11, title=f"γ = {gamma:.3g}")
-    return figure

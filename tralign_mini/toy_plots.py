@@ -7,7 +7,6 @@ a fixed reference, orange a soft and green a hard one. Lines are means over seed
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
@@ -31,6 +30,7 @@ QUANTITIES = {  # title, label of the y axis
     "kl": ("KL to the initial policy", "nats"),
 }
 ARMS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(0.75)]])  # corners: chosen, rejected, unseen
+SMALL_PRINT = {"x": 0.99, "ha": "right", "fontsize": 10.5, "color": PALE}
 
 
 def mass(runs: ToyRuns) -> Figure:
@@ -41,7 +41,7 @@ def mass(runs: ToyRuns) -> Figure:
     for ax, (name, kind, rows) in zip(axes, groups):
         style_axes(ax, name, STEP, "probability" if ax is axes[0] else "")
         _head(ax, name, kind)
-        ends = [(_band(ax, getattr(runs, quantity)[rows], color, dash), label, color)
+        ends = [(draw_band(ax, getattr(runs, quantity)[rows].numpy(), color, dash), label, color)
                 for quantity, (label, color, dash) in MASSES.items()]
         ax.set_ylim(-0.02, 1.02)
     label_ends(axes[-1], ends)
@@ -55,8 +55,8 @@ def curves(runs: ToyRuns, *quantities: str) -> Figure:
     for ax, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities):
         title, ylabel = QUANTITIES[quantity]
         style_axes(ax, title, STEP, ylabel)
-        ends = [(_band(ax, getattr(runs, quantity)[rows], COLORS[kind], "-"), kind, COLORS[kind])
-                for _, kind, rows in groups]
+        values = getattr(runs, quantity).numpy()
+        ends = [(draw_band(ax, values[rows], COLORS[kind]), kind, COLORS[kind]) for _, kind, rows in groups]
         label_ends(ax, ends)
     return figure
 
@@ -87,21 +87,21 @@ def loss_shape(method: str, beta: float, margin: float | None = None) -> Figure:
     figure = new_figure(15.2, 4.2)
     reach = max((2 if method == "ipo" else 8) / beta, 1.25 * abs(margin or 0))
     h = torch.linspace(-reach / 2, reach, 400, dtype=torch.float64)
-    panels = {"loss": "L(h)", "gradient": "dL/dh", "curvature": "d²L/dh²"}
-    for ax, (name, ylabel) in zip(figure.subplots(1, 3), panels.items()):
-        def values(h, name=name):
-            shape = along_margin(method, torch.as_tensor(h, dtype=torch.float64), beta)
-            return getattr(shape, name).numpy()
-
-        style_axes(ax, name.capitalize(), "margin h (nats)", ylabel)
+    ends = torch.tensor([margin or 0, (margin or 0) / 2, 0], dtype=torch.float64)
+    shapes = zip(along_margin(method, h, beta), along_margin(method, ends, beta))
+    titles = {"Loss": "L(h)", "Gradient": "dL/dh", "Curvature": "d²L/dh²"}
+    for ax, (title, ylabel), (values, jump) in zip(figure.subplots(1, 3), titles.items(), shapes):
+        style_axes(ax, title, "margin h (nats)", ylabel)
         ax.axvline(0, color="#BBBBBB", lw=1, zorder=1)
-        ax.plot(h, values(h), color=INK, lw=2.4, zorder=2)
-        if np.ptp(values(h)) == 0:
-            ax.set_ylim(0, 2 * values(0))
-        if margin is not None:
-            _jump(ax, margin, *values([margin, margin / 2, 0]))
+        ax.plot(h, values, color=INK, lw=2.4, zorder=2)
+        before, halfway, after = jump.tolist()
+        if np.ptp(values.numpy()) == 0:
+            ax.set_ylim(0, 2 * after)
+        if margin is not None:  # the arrow keeps off the curve
+            bend = 0.3 if halfway <= (before + after) / 2 else -0.3
+            draw_jump(ax, (margin, before), (0, after), COLORS["hard"], bend)
     remark = f"{method.upper()}, β = {beta:g}" + " · green: a hard update, h → 0" * (margin is not None)
-    figure.supxlabel(remark, x=0.99, ha="right", fontsize=10.5, color=PALE)
+    figure.supxlabel(remark, **SMALL_PRINT)
     return figure
 
 
@@ -111,7 +111,7 @@ def heat_map(runs: ToyRuns, quantity: str = "out") -> Figure:
     The grid needs a fixed reference, one beta, and every alpha with every tau. Bold: the 95 % interval of the
     difference over seeds leaves out 0.
     """
-    _check_one_beta(runs.table)
+    _references(runs)
     table = summary(runs, quantity)
     fixed, moving = table[table["reference"] == "fixed"], table[table["reference"] != "fixed"]
     if fixed.empty or moving.empty:
@@ -144,41 +144,49 @@ def heat_map(runs: ToyRuns, quantity: str = "out") -> Figure:
     bar.ax.axhline(baseline, color=INK, lw=1.5)
     bar.ax.tick_params(length=0, labelsize=12, labelcolor=INK)
     bar.outline.set_visible(False)
-    small_print = "bold: apart from fixed (95 % interval over seeds)"
-    figure.supxlabel(small_print, x=0.99, ha="right", fontsize=10.5, color=PALE)
+    figure.supxlabel("bold: apart from fixed (95 % interval over seeds)", **SMALL_PRINT)
     return figure
 
 
 def _references(runs: ToyRuns) -> list[tuple[str, str, torch.Tensor]]:
     """(name, kind, rows) of each reference of the grid, in its order."""
-    _check_one_beta(runs.table)
-    regions, found = runs.table["trust_region"], []
-    for region in regions.unique():
-        soft, hard = f"soft (α = {region.alpha}, τ = {region.tau})", f"hard (τ = {region.tau})"
-        name = {"fixed": "fixed", "soft": soft, "hard": hard}[region.kind]
-        found.append((name, region.kind, torch.tensor([one == region for one in regions])))
-    return found
+    if (betas := runs.table["beta"].unique()).size > 1:
+        named = ", ".join(f"{beta:g}" for beta in betas)
+        raise ValueError(f"The grid has several beta ({named}), and a figure shows one. Train one at a time.")
+    names = {"fixed": "fixed", "soft": "soft (α = {0.alpha}, τ = {0.tau})", "hard": "hard (τ = {0.tau})"}
+    regions = runs.table["trust_region"]
+    return [(names[region.kind].format(region), region.kind, torch.tensor((regions == region).to_list()))
+            for region in regions.unique()]
 
 
 def _head(ax: Axes, name: str, kind: str, pad: float = 9) -> None:
     ax.set_title(name, loc="left", fontsize=13.5, fontweight="bold", color=COLORS[kind], pad=pad)
 
 
-def _check_one_beta(table: pd.DataFrame) -> None:
-    if table["beta"].nunique() > 1:
-        betas = ", ".join(f"{beta:g}" for beta in table["beta"].unique())
-        raise ValueError(f"The grid has several beta ({betas}), and a figure shows one. Train one at a time.")
+def mean_and_half(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over the seeds, the first dimension, and half of its 95 % interval (0 for a single seed)."""
+    n, mean = len(values), values.mean(0)
+    half = stats.t.ppf(0.975, n - 1) * values.std(0, ddof=1) / np.sqrt(n) if n > 1 else np.zeros_like(mean)
+    return mean, half
 
 
-def _band(ax: Axes, values: torch.Tensor, color: str, dash) -> float:
+def draw_band(ax: Axes, values: np.ndarray, color: str, dash="-") -> float:
     """The mean of (seeds, steps + 1) over seeds with its 95 % interval; returns the last mean."""
-    values = values.double().numpy()
-    seeds, mean, steps = len(values), values.mean(0), np.arange(values.shape[1])
-    if seeds > 1:
-        half = stats.t.ppf(0.975, seeds - 1) * values.std(0, ddof=1) / np.sqrt(seeds)
+    (mean, half), steps = mean_and_half(values.astype(float)), np.arange(values.shape[1])
+    if len(values) > 1:
         ax.fill_between(steps, mean - half, mean + half, color=color, alpha=0.18, lw=0, zorder=2)
     ax.plot(steps, mean, color=color, ls=dash, lw=2.4, zorder=3)
     return mean[-1]
+
+
+def draw_jump(ax: Axes, before: tuple, after: tuple, color: str, bend: float = 0.3) -> None:
+    """An update: the reference comes nearer to the policy, and h nearer to 0. Points are (h, height)."""
+    look = {"arrowstyle": "-|>,head_width=0.35,head_length=0.7", "color": color, "lw": 2.2,
+            "connectionstyle": f"arc3,rad={bend}", "shrinkA": 7, "shrinkB": 8}
+    if before != after:
+        ax.annotate("", xy=after, xytext=before, arrowprops=look, zorder=4)
+    ax.plot(*before, marker="o", ms=10, mfc="white", mec=color, mew=2.2, zorder=5)
+    ax.plot(*after, marker="o", ms=11, mfc=color, mec="white", mew=1.5, zorder=5)
 
 
 def _triangle(ax: Axes) -> None:
@@ -192,13 +200,3 @@ def _triangle(ax: Axes) -> None:
         ax.annotate(name, corner, xytext=where, textcoords="offset points", **look)
     ax.set_aspect("equal")
     ax.axis("off")
-
-
-def _jump(ax: Axes, margin: float, before: float, halfway: float, after: float) -> None:
-    """A hard update: the reference comes to the policy, and h is 0 again. The arrow keeps off the curve."""
-    bend = 0.3 if halfway <= (before + after) / 2 else -0.3
-    look = {"arrowstyle": "-|>,head_width=0.35,head_length=0.7", "color": COLORS["hard"], "lw": 2.2,
-            "connectionstyle": f"arc3,rad={bend}", "shrinkA": 7, "shrinkB": 8}
-    ax.annotate("", xy=(0, after), xytext=(margin, before), arrowprops=look, zorder=4)
-    ax.plot(margin, before, marker="o", ms=10, mfc="white", mec=COLORS["hard"], mew=2.2, zorder=5)
-    ax.plot(0, after, marker="o", ms=11, mfc=COLORS["hard"], mec="white", mew=1.5, zorder=5)

@@ -15,16 +15,16 @@ from pathlib import Path
 import ipywidgets
 import numpy as np
 from IPython.display import display
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from ..changes import read_changes, region_at
+from ..json_lines import read_rows
 from ..plan import WITHOUT_REFERENCE
 from ..plot_style import COLORS, DASHES, INK, STEP, style_axes
 from ..plots import MOST_UPDATES_DRAWN
 from ..recipe import Recipe
 from ..trust_region import TrustRegion
-from .panel import WIDTH, Panel, Picture, alpha_slider, around, region, tau_slider
+from .panel import WIDTH, Panel, alpha_slider, around, region, tau_slider
 
 PANELS = {  # title: label of the axis, columns
     "Loss": ("mean over the batch", ["loss"]),
@@ -36,19 +36,25 @@ BETWEEN_PICTURES = 0.4  # seconds: drawing takes time from training
 
 
 class LiveRun(Panel):
-    """Controls: start_button, pause_button, stop_button (or `start()`, `pause()`, `stop()`), alpha, tau.
+    """A run that is steered by sliders while it trains: start, pause, stop, resume.
 
-    state: "ready", "running", "paused", "stopped", "finished" or "failed". run: the `Run`, after training.
+    recipe, overrides: as for `tr.train`. If `output` holds a run that was stopped, it goes on. alpha = 0 is a
+    fixed reference. The strip above the curves tells the kind: blue fixed, orange soft, green hard. Controls:
+    start_button, pause_button, stop_button (or `start()`, `pause()`, `stop()`), alpha, tau. state: "ready",
+    "running", "paused", "stopped", "finished" or "failed". run: the `Run`, after training.
     """
 
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.directory, self.run, self.state = recipe, Path(recipe.output), None, "ready"
+    def __init__(self, recipe, **overrides):
         self._stop, self._go = threading.Event(), threading.Event()
-        self._thread = self._shown = None
-        done = len(self.rows())
-        if done:  # in an earlier session
-            self.state = "finished" if done == self.total() else "stopped"
-        now = region_at(read_changes(self.directory), done, recipe.trust_region())
+        self._thread = self._shown = self.run = None
+        self.recipe = Recipe.load(recipe, **overrides)
+        if self.recipe.method in WITHOUT_REFERENCE:
+            raise ValueError(f"method={self.recipe.method} has no reference that could be steered: choose "
+                             "dpo, ipo or kto, or train it with tr.train.")
+        self.directory = Path(self.recipe.output)
+        done = len(self.rows())  # in an earlier session
+        self.state = "ready" if not done else "finished" if done == self.total() else "stopped"
+        now = region_at(read_changes(self.directory), done, self.recipe.trust_region())
         self.alpha, self.tau = alpha_slider(now.alpha or 0.0), tau_slider(now.tau or 16)
         look = {"layout": {"width": "110px"}}
         self.start_button = ipywidgets.Button(icon="play", button_style="success", **look)
@@ -58,8 +64,13 @@ class LiveRun(Panel):
         buttons = {self.start_button: self.start, self.pause_button: self.pause, self.stop_button: self.stop}
         for button, action in buttons.items():
             button.on_click(lambda button, action=action: action())
-        self._make_figure()
-        super().__init__([[*buttons, self.bar], [self.alpha, self.tau], [self.status]], [])
+        figure = Figure(figsize=(WIDTH, 5.6), facecolor="white")
+        figure.subplots_adjust(left=0.075, right=0.985, top=0.94, bottom=0.1, wspace=0.19, hspace=0.34)
+        self.axes = figure.subplots(2, 2).ravel()
+        for ax, (title, (ylabel, _)) in zip(self.axes, PANELS.items()):
+            style_axes(ax, title, STEP if ax.get_subplotspec().is_last_row() else "", ylabel)
+            ax.set_ylim(0, 1)
+        super().__init__([[*buttons, self.bar], [self.alpha, self.tau], [self.status]], [], figure)
 
     def start(self) -> None:
         """Start, go on after a pause, or go on after a stop, from the last checkpoint."""
@@ -97,9 +108,7 @@ class LiveRun(Panel):
 
     def rows(self) -> list[dict]:
         """metrics.jsonl so far."""
-        path = self.directory / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return read_rows(self.directory / "metrics.jsonl")
 
     def total(self) -> int | None:
         """Optimizer steps of the whole run; None before the data are loaded, unless the recipe says it."""
@@ -130,8 +139,8 @@ class LiveRun(Panel):
         self.state = state
         self._drawer.ask()
 
-    def _draw(self) -> None:
-        super()._draw()
+    def _show(self) -> None:
+        super()._show()
         if self.state == "running":
             time.sleep(BETWEEN_PICTURES)
 
@@ -141,42 +150,26 @@ class LiveRun(Panel):
     def _ipython_display_(self) -> None:
         self._shown = display(self._repr_mimebundle_(), raw=True, display_id=True)
 
-    def _make_figure(self) -> None:
-        figure, self.parts, moving = Figure(figsize=(WIDTH, 5.6), facecolor="white"), {}, []
-        figure.subplots_adjust(left=0.075, right=0.985, top=0.94, bottom=0.1, wspace=0.19, hspace=0.34)
-        for ax, (title, (ylabel, columns)) in zip(figure.subplots(2, 2).ravel(), PANELS.items()):
-            style_axes(ax, title, STEP if ax.get_subplotspec().is_last_row() else "", ylabel)
-            ax.set_ylim(0, 1)
-            look = {"transform": ax.get_xaxis_transform()}
-            kinds = ax.add_collection(LineCollection([], lw=7, **look), autolim=False)
-            moves = LineCollection([], lw=1, colors="#A8A8A8", ls=DASHES[2], **look)
-            ax.add_collection(moves, autolim=False)
-            lines = {column: ax.plot([], [], color=INK, lw=2, ls=dash, marker="o", ms=3.5)[0]
-                     for column, dash in zip(columns, DASHES)}
-            self.parts[ax] = lines, kinds, moves
-            moving += [moves, *lines.values(), kinds]
-        self._picture = Picture(figure, moving)
-
-    def picture(self) -> bytes:
+    def draw(self) -> None:
         rows, total = self.rows(), self.total()
         self._show_state(rows, total)
         counts = [0, *(row["reference_updates"] for row in rows)]
         moved = [row["step"] for row, before in zip(rows, counts) if row["reference_updates"] > before]
         spans = [(kind, [row["step"] for row in group]) for kind, group in groupby(
             rows, lambda row: TrustRegion(row["alpha"], row["tau"]).kind)]
-        for ax, (lines, kinds, moves) in self.parts.items():
+        begins, ends = [steps[0] - 1 for _, steps in spans], [steps[-1] for _, steps in spans]
+        for ax, (_, columns) in zip(self.axes, PANELS.values()):
             ax.set_xlim(0, 1.015 * (total or max(100, len(rows))))
-            points = {column: _measured(rows, column) for column in lines}
-            values = [value for pairs in points.values() for _, value in pairs]
+            curves = [_measured(rows, column) for column in columns]
+            values = [value for points in curves for _, value in points]
             if values:
                 ax.set_ylim(*around([*values, max(values) + 0.12 * np.ptp(values)]))  # the strip needs room
-            for column, line in lines.items():
-                line.set_data(*(zip(*points[column]) if points[column] else ((), ())))
-            kinds.set(segments=[[(steps[0] - 1, 0.985), (steps[-1], 0.985)] for _, steps in spans],
-                      colors=[COLORS[kind] for kind, _ in spans])
-            few = len(moved) <= MOST_UPDATES_DRAWN
-            moves.set_segments([[(step, 0), (step, 0.97)] for step in moved if few])
-        return self._picture.png()
+            for points, dash in zip(curves, DASHES):
+                ax.plot(*np.reshape(points, (-1, 2)).T, color=INK, lw=2, ls=dash, marker="o", ms=3.5)
+            beside = {"transform": ax.get_xaxis_transform()}
+            ax.hlines([0.985] * len(spans), begins, ends, [COLORS[kind] for kind, _ in spans], lw=7, **beside)
+            shown = moved if len(moved) <= MOST_UPDATES_DRAWN else []
+            ax.vlines(shown, 0, 0.97, "#A8A8A8", lw=1, ls=DASHES[2], **beside)
 
     def _show_state(self, rows: list[dict], total: int | None) -> None:
         """Buttons, bar, and the lines below them."""
@@ -202,16 +195,3 @@ class LiveRun(Panel):
 
 def _measured(rows: list[dict], column: str) -> list[tuple[int, float]]:
     return [(row["step"], row[column]) for row in rows if row.get(column) is not None]
-
-
-def live_run(recipe, **overrides) -> LiveRun:
-    """A run that is steered by sliders while it trains: start, pause, stop, resume.
-
-    recipe, overrides: as for `tr.train`. If `output` holds a run that was stopped, it goes on. alpha = 0 is a
-    fixed reference. The strip above the curves tells the kind: blue fixed, orange soft, green hard.
-    """
-    recipe = Recipe.load(recipe, **overrides)
-    if recipe.method in WITHOUT_REFERENCE:
-        raise ValueError(f"method={recipe.method} has no reference that could be steered: choose dpo, ipo or "
-                         "kto, or train it with tr.train.")
-    return LiveRun(recipe)

@@ -10,7 +10,8 @@ import torch
 
 from ..plot_style import COLORS, INK, new_figure, style_axes
 from ..toy import METHODS, along_margin
-from .panel import WIDTH, Panel, Picture, alpha_slider, beta_slider, choice, heading, number, region
+from ..toy_plots import draw_jump
+from .panel import WIDTH, Panel, alpha_slider, beta_slider, choice, heading, number, region
 
 REACH = (-15.0, 45.0)  # of the margin
 TITLES = {"loss": "Loss L(h)", "gradient": "Gradient dL/dh", "curvature": "Curvature d²L/dh²"}
@@ -40,54 +41,36 @@ def jump(margin: float, alpha: float) -> list[float]:
 
 
 class LossExplorer(Panel):
-    """Controls: loss, beta, margin, alpha."""
+    """DPO, IPO and KTO over the margin, as beta moves; an update of the reference is drawn as a jump.
+
+    alpha = 1 is a hard update: it jumps back to h = 0 and restores the gradient that is there. Controls:
+    margin, alpha, beta, loss.
+    """
 
     def __init__(self):
-        self.loss = choice({method.upper(): method for method in METHODS}, "dpo")
-        self.beta, self.alpha = beta_slider(0.1), alpha_slider(1.0)
-        self.margin = number("h: margin before", 30, -10, 40, 1)
-        figure, self.parts = new_figure(WIDTH, 3.9), {}
-        for ax, title in zip(figure.subplots(1, 3), TITLES.values()):
+        self.margin, self.alpha = number("h: margin before", 30, -10, 40, 1), alpha_slider(1.0)
+        self.beta, self.loss = beta_slider(0.1), choice({method.upper(): method for method in METHODS}, "dpo")
+        figure = new_figure(WIDTH, 3.9)
+        self.axes = figure.subplots(1, 3)
+        for ax, title in zip(self.axes, TITLES.values()):
             style_axes(ax, "", "margin h (nats)", "")
             heading(ax, title)
             ax.set_xlim(*REACH)
             ax.axvline(0, color="#BBBBBB", lw=1, zorder=1)
             ax.axhline(0, color="#BBBBBB", lw=1, zorder=1)
-            look = {"arrowstyle": "-|>,head_width=0.35,head_length=0.7", "connectionstyle": "arc3,rad=0.3",
-                    "lw": 2.2, "shrinkA": 7, "shrinkB": 8}
-            self.parts[ax] = (
-                ax.plot([], [], color=INK, lw=2.4)[0], ax.annotate("", (0, 0), (0, 0), arrowprops=look),
-                ax.plot([], [], marker="o", ms=10, mfc="white", mew=2.2)[0],
-                ax.plot([], [], marker="o", ms=11, mec="white", mew=1.5)[0],
-                ax.text(0, 1.04, "", transform=ax.transAxes, fontsize=13, fontweight="bold"))
-        self._picture = Picture(figure, [part for parts in self.parts.values() for part in parts])
         controls = [self.margin, self.alpha, self.beta, self.loss]
-        super().__init__([controls[:2], controls[2:]], controls)
+        super().__init__([controls[:2], controls[2:]], controls, figure)
 
-    def picture(self) -> bytes:
+    def draw(self) -> None:
         method, beta, alpha = self.loss.value, self.beta.value, self.alpha.value
         h, ends = np.linspace(*REACH, 400), jump(self.margin.value, alpha)
         heights, values = curves(method, beta, h), curves(method, beta, ends)
         color = COLORS[region(alpha, 1).kind]
-        for (ax, parts), name, (power, limits, ticks) in zip(self.parts.items(), TITLES, UNITS[method]):
-            curve, arrow, before, after, text = parts
+        for ax, name, (power, limits, ticks) in zip(self.axes, TITLES, UNITS[method]):
             ax.set_ylim(*limits)
             ax.set_yticks(list(ticks), list(ticks.values()))
-            curve.set_data(h, heights[name] / beta ** power)
-            start, end = zip(ends, np.clip(values[name] / beta ** power, *limits))
-            before.set_data([start[0]], [start[1]])
-            before.set_markeredgecolor(color)
-            after.set_data([end[0]], [end[1]])
-            after.set_markerfacecolor(color)
-            arrow.xy, arrow.xyann = end, start
-            arrow.arrow_patch.set(color=color, visible=start != end)
-            text.set(color=color, text="{:.3g} → {:.3g}".format(*values[name]).replace("-", "−"))
-        return self._picture.png()
-
-
-def loss_explorer() -> LossExplorer:
-    """DPO, IPO and KTO over the margin, as beta moves; an update of the reference is drawn as a jump.
-
-    alpha = 1 is a hard update: it jumps back to h = 0 and restores the gradient that is there.
-    """
-    return LossExplorer()
+            ax.plot(h, heights[name] / beta ** power, color=INK, lw=2.4)
+            draw_jump(ax, *zip(ends, np.clip(values[name] / beta ** power, *limits)), color)
+            text = "{:.3g} → {:.3g}".format(*values[name]).replace("-", "−")
+            look = {"color": color, "fontsize": 13, "fontweight": "bold"}
+            ax.text(0, 1.04, text, transform=ax.transAxes, **look)

@@ -10,10 +10,13 @@ from __future__ import annotations
 import base64
 import html
 import threading
+from concurrent import futures
 from contextlib import contextmanager
 from io import BytesIO
 
 import ipywidgets
+import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -27,68 +30,66 @@ ROOM = {"width": "100%", "max_width": f"{DPI * WIDTH:.0f}px"}
 CONTROL = {"style": {"description_width": "180px"}, "layout": {"width": "495px"}}  # two in a row
 TAUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BETAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-LINGER = 10  # seconds that an idle thread waits for more work: it has its fonts loaded
-_drawing = threading.Lock()  # matplotlib's caches are shared by all threads
+DRAWING = threading.Lock()  # matplotlib's caches are shared by all threads
 
 
 class Worker:
     """Calls `work` in a thread after `ask`; what is asked while it works is one more call, however often."""
 
     def __init__(self, work):
-        self._work, self._changed = work, threading.Condition()
-        self._asked = self._busy = self._alive = False
+        self._work, self._last, self._thread = work, None, futures.ThreadPoolExecutor(1)
 
     def ask(self) -> None:
-        with self._changed:
-            self._asked = True
-            self._changed.notify_all()
-            if not self._alive:
-                self._alive = True
-                threading.Thread(target=self._loop, daemon=True).start()
+        if self._last is None or self._last.running() or self._last.done():  # else a call is yet to begin
+            self._last = self._thread.submit(self._work)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Until there is nothing left to do; False if that took longer than `timeout` seconds."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not (self._asked or self._busy), timeout)
-
-    def _loop(self) -> None:
-        while True:
-            with self._changed:
-                self._busy = False
-                self._changed.notify_all()
-                if not self._changed.wait_for(lambda: self._asked, LINGER):
-                    self._alive = False
-                    return
-                self._asked, self._busy = False, True
-            self._work()
+        """Until there is nothing left to do; False if one call took longer than `timeout` seconds."""
+        waited = None
+        while waited is not self._last:
+            waited = self._last
+            if futures.wait([waited], timeout).not_done:
+                return False
+        return True
 
 
 class Picture:
-    """A figure that is drawn again and again: axes and texts once, and then only `moving`, a list of artists.
+    """A figure that is drawn again and again: what it has at first only once, what is added later on top.
 
-    All is drawn anew when limits, titles or tick labels of the axes have changed.
+    What it has at first is drawn anew when limits, titles or tick labels of the axes have changed.
     """
 
-    def __init__(self, figure: Figure, moving: list):
+    def __init__(self, figure: Figure):
         figure.set_dpi(DPI)
-        self.figure, self.moving, self._still = figure, moving, None
-        self._canvas = FigureCanvasAgg(figure)
+        self.figure, self._canvas, self._look = figure, FigureCanvasAgg(figure), None
+        self._first = set(self._artists())
+
+    def _artists(self) -> list[Artist]:
+        return [artist for parent in (self.figure, *self.figure.axes) for artist in parent.get_children()]
+
+    def added(self) -> list[Artist]:
+        """What was added since the beginning, the lowest first."""
+        new = [artist for artist in self._artists() if artist not in self._first]
+        return sorted(new, key=Artist.get_zorder)
+
+    def clear(self) -> None:
+        for artist in self.added():
+            artist.remove()
 
     def png(self) -> bytes:
-        for artist in self.moving:
+        for artist in self.added():
             artist.set_animated(True)  # left out by figure.draw
-        with _drawing:
-            still = [(ax.get_xlim(), ax.get_ylim(), ax.get_title("left"), ax.get_ylabel(),
-                      *(tick.get_text() for tick in ax.get_yticklabels())) for ax in self.figure.axes]
-            if still != self._still:
+        with DRAWING:
+            look = [(ax.get_xlim(), ax.get_ylim(), ax.get_title("left"), ax.get_ylabel(),
+                     *(tick.get_text() for tick in ax.get_yticklabels())) for ax in self.figure.axes]
+            if look != self._look:
                 self._canvas.draw()
                 self.figure.set_layout_engine("none")  # once is enough: it takes as long as the drawing
-                self._still, self._background = still, self._canvas.copy_from_bbox(self.figure.bbox)
+                self._look, self._background = look, self._canvas.copy_from_bbox(self.figure.bbox)
             self._canvas.restore_region(self._background)
-            for artist in self.moving:
+            for artist in self.added():
                 self.figure.draw_artist(artist)
-            size, pixels = self._canvas.get_width_height(), self._canvas.buffer_rgba()
-            pixels = Image.frombuffer("RGBA", size, pixels, "raw", "RGBA", 0, 1).convert("RGB")
+            pixels = Image.fromarray(np.asarray(self._canvas.buffer_rgba())).convert("RGB")
         file = BytesIO()
         pixels.save(file, "png", compress_level=1)
         return file.getvalue()
@@ -97,14 +98,16 @@ class Picture:
 class Panel(ipywidgets.VBox):
     """Rows of controls, a picture, and a line that says what went wrong.
 
-    A subclass has `picture()`, which makes the bytes of a PNG from the newest values of the controls. It is
-    called in a thread: at the start, and whenever one of `watched` has changed.
+    `draw()` of a subclass adds to the axes of `figure` what follows from the newest values of the controls.
+    It is called in a thread: at the start, and whenever one of `watched` has changed. Without a `figure` the
+    subclass makes a whole `picture()` instead.
     """
 
-    def __init__(self, rows: list[list], watched: list):
+    def __init__(self, rows: list[list], watched: list, figure: Figure | None = None):
+        self._picture = Picture(figure) if figure else None
         self.image = ipywidgets.Image(format="png", layout=ROOM)
         self.message, self._errors = ipywidgets.HTML(), {}
-        self._drawer = Worker(self._draw)
+        self._drawer = Worker(self._show)
         look = {"flex_flow": "row wrap", "align_items": "center", **ROOM}
         rows = [ipywidgets.HBox(controls, layout=look) for controls in rows]
         super().__init__([*rows, self.image, self.message])
@@ -113,7 +116,10 @@ class Panel(ipywidgets.VBox):
         self._drawer.ask()
 
     def picture(self) -> bytes:
-        raise NotImplementedError
+        """A PNG of the newest values."""
+        self._picture.clear()
+        self.draw()
+        return self._picture.png()
 
     def wait(self, timeout: float | None = 60) -> bool:
         """Until the picture shows the newest values; False if that took longer than `timeout` seconds."""
@@ -128,7 +134,7 @@ class Panel(ipywidgets.VBox):
         """Before the panel is shown."""
         self.wait()
 
-    def _draw(self) -> None:
+    def _show(self) -> None:
         with self.errors_shown("picture"):
             self.image.value = self.picture()
 
@@ -156,8 +162,8 @@ class Panel(ipywidgets.VBox):
 
 def number(description: str, value: float, low: float, high: float, step: float, form: str = ".0f"):
     """A slider over numbers."""
-    return ipywidgets.FloatSlider(value, min=low, max=high, step=step, readout_format=form,
-                                  description=description, **CONTROL)
+    look = {"readout_format": form, "description": description, **CONTROL}
+    return ipywidgets.FloatSlider(value, min=low, max=high, step=step, **look)
 
 
 def one_of(description: str, values, value):
@@ -181,8 +187,8 @@ def beta_slider(value: float, betas=BETAS):
 
 def choice(options: dict, value):
     """One of a few, label -> value, all of them visible."""
-    return ipywidgets.ToggleButtons(
-        options=options, value=value, style={"button_width": "auto"}, layout={"margin": "2px 16px 2px 2px"})
+    look = {"style": {"button_width": "auto"}, "layout": {"margin": "2px 16px 2px 2px"}}
+    return ipywidgets.ToggleButtons(options=options, value=value, **look)
 
 
 def region(alpha: float, tau: int) -> TrustRegion:

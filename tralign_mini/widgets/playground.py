@@ -1,6 +1,6 @@
 """`tr.widgets.playground(runs)`: one prompt, answered by the SFT model and by several runs, side by side.
 
-Below each answer stands its log-ratio, log policy - log SFT model in nats, under the policy of every run: how
+With each answer stands its log-ratio, log policy - log SFT model in nats, under the policy of every run: how
 much more likely training has made this very answer.
 """
 
@@ -10,36 +10,40 @@ import textwrap
 from pathlib import Path
 
 import ipywidgets
-import numpy as np
-from matplotlib.figure import Figure
 
-from ..plot_style import COLORS, INK, PALE, shortened
+from ..plot_style import COLORS, INK, PALE, new_figure, png, shortened
 from ..record import prompt_text, read
-from .panel import CONTROL, WIDTH, Panel, Picture, number
+from .panel import CONTROL, DPI, DRAWING, WIDTH, Panel, number
 
 FIRST = "SFT"  # the name of the initial policy
 MOST_LINES, EXAMPLES = 12, 20
 LINE, LETTER = 0.2, 10.5 * 0.602 / 72  # inches from line to line, and of a letter
-MONO = {"family": "DejaVu Sans Mono", "fontsize": 10.5, "va": "top", "linespacing": 1.35}
+MONO = {"family": "DejaVu Sans Mono", "fontsize": 10.5, "linespacing": 1.35}
 
 
 class Playground(Panel):
-    """Controls: example, prompt, checkpoints (name of a run -> its control), temperature, seed, button.
+    """Type a prompt, and see what the SFT model and the policies of `runs` answer, with their log-ratios.
 
-    answers, to the last prompt: name -> {"text", "gold" (None: not known), "log_ratios": run -> nats}.
+    runs: a list of runs or directories, or a dict name -> run; with checkpoints, all begun from one model.
+    Controls: example, prompt, checkpoints (name of a run -> its control), temperature, seed, button. answers,
+    to the last prompt: name -> {"text", "gold" (None: not known), "log_ratios": run -> nats}.
     """
 
-    def __init__(self, runs: dict[str, Path]):
+    def __init__(self, runs):
         from ..checkpoint import checkpoints  # not at the top: these load transformers
         from ..runs import Run
 
-        self.runs, self.answers = {name: Run(folder) for name, folder in runs.items()}, {}
-        self._policies = {}  # name of a run -> (checkpoint, policy)
+        if not isinstance(runs, dict):
+            runs = [runs] if isinstance(runs, (str, Path)) or hasattr(runs, "directory") else runs
+            runs = {Path(getattr(run, "directory", run)).resolve().name: run for run in runs}
+        if not runs:
+            raise ValueError("There is no run to ask: give the directories of one or more.")
+        self.runs = {name: Run(Path(getattr(run, "directory", run))) for name, run in runs.items()}
+        self.answers, self._policies, self.checkpoints = {}, {}, {}  # policies: run -> (checkpoint, policy)
         models = sorted({run.recipe.model for run in self.runs.values()})
         if len(models) > 1:
             raise ValueError(f"These runs began from different models ({', '.join(models)}), so there is no "
                              "one SFT model to compare them with. Give runs of one `model`.")
-        self.checkpoints = {}
         for name, run in self.runs.items():
             found = [(folder.name, folder) for folder in checkpoints(run.directory)]
             if not found:
@@ -47,12 +51,12 @@ class Playground(Panel):
             self.checkpoints[name] = ipywidgets.Dropdown(
                 options=found, value=found[-1][1], description=shortened(name), **CONTROL)
         prompts = [prompt for run in self.runs.values() for prompt in read(run).column("prompt")[:EXAMPLES]]
-        texts = list(dict.fromkeys(map(prompt_text, prompts)))
         self._chat = any(isinstance(prompt, list) for prompt in prompts)
+        texts = dict.fromkeys(map(prompt_text, prompts))
         options = [(f"{i}: {' '.join(text.split())[:90]}", text) for i, text in enumerate(texts, 1)]
-        self.example = ipywidgets.Dropdown(
-            options=options, description="held-out prompt", style=CONTROL["style"], layout={"width": "990px"})
-        self.prompt = ipywidgets.Textarea(self.example.value or "", rows=6, layout={"width": "990px"})
+        look = {"style": CONTROL["style"], "layout": {"width": "990px"}}
+        self.example = ipywidgets.Dropdown(options=options, description="held-out prompt", **look)
+        self.prompt = ipywidgets.Textarea(self.example.value or "", rows=6, layout=look["layout"])
         self.temperature = number("temperature", 1, 0, 1.5, 0.1, ".1f")
         self.seed = number("sample", 0, 0, 20, 1)
         self.button = ipywidgets.Button(description="Answer", icon="comment", button_style="primary")
@@ -69,7 +73,8 @@ class Playground(Panel):
             self.answers = self.answer(self.prompt.value)
         finally:
             self.bar.layout.visibility = "hidden"
-        return self._draw_answers()
+        with DRAWING:
+            return png(self._figure(), DPI)
 
     def answer(self, text: str) -> dict[str, dict]:
         """The answers of all, with the seed and temperature of the controls."""
@@ -117,52 +122,28 @@ class Playground(Panel):
         self.prompt.value = change["new"]
         self._drawer.ask()
 
-    def _color(self, name: str) -> str:
-        return COLORS["initial" if name == FIRST else self.runs[name].recipe.reference]
-
-    def _draw_answers(self) -> bytes:
-        """A column for each answer: who, the text, its gold reward, and a bar for each of its log-ratios."""
-        answers, width = self.answers, 0.985 / len(self.answers)
-        texts = [textwrap.wrap(answer["text"] or "(nothing)", int(0.92 * width * WIDTH / LETTER),
-                               max_lines=MOST_LINES, placeholder=" …") for answer in answers.values()]
+    def _figure(self):
+        """A column for each answer: who, its gold reward, a bar for each of its log-ratios, and the text."""
+        answers, width = self.answers, int(0.92 * WIDTH / len(self.answers) / LETTER)
+        texts = [textwrap.wrap(answer["text"] or "(nothing)", width, max_lines=MOST_LINES, placeholder=" …")
+                 for answer in answers.values()]
         asked = textwrap.wrap(" ".join(self.prompt.value.split()), int(0.97 * WIDTH / LETTER), max_lines=2)
-        inches = [0, LINE * len(asked) + 0.12, 0.36, LINE * max(map(len, texts)) + 0.42]
-        tops = 0.12 + np.cumsum(inches)
-        height = tops[-1] + 0.28 * len(self.runs) + 0.12
-        prompt_at, name_at, text_at, bars_at = 1 - tops / height
-        figure = Figure(figsize=(WIDTH, height), facecolor="white")
-        figure.text(0.012, prompt_at, "\n".join(asked), color=PALE, **MONO)
-        ratios = [ratio for answer in answers.values() for ratio in answer["log_ratios"].values()]
-        reach = 1.6 * max(1, *map(abs, ratios))
-        for i, ((name, answer), lines) in enumerate(zip(answers.items(), texts)):
-            left, right = 0.012 + i * width, 0.012 + (i + 0.92) * width
-            look = {"fontsize": 13.5, "fontweight": "bold", "color": self._color(name), "va": "top"}
-            figure.text(left, name_at, shortened(name), **look)
+        figure = new_figure(WIDTH, LINE * (len(asked) + max(map(len, texts))) + 0.28 * len(self.runs) + 1)
+        figure.suptitle("\n".join(asked), x=0.012, ha="left", color=PALE, **MONO)
+        colors = {name: COLORS[run.recipe.reference] for name, run in self.runs.items()}
+        axes = figure.subplots(1, len(answers), sharex=True, sharey=True, squeeze=False)[0]
+        for ax, (name, answer), lines in zip(axes, answers.items(), texts):
+            look = {"fontsize": 13.5, "fontweight": "bold", "color": colors.get(name, COLORS["initial"])}
+            ax.set_title(shortened(name), loc="left", **look)
             gold = "" if answer["gold"] is None else f"gold {answer['gold']:.1f}".replace("-", "−")
-            figure.text(right, name_at, gold, fontsize=12, color=INK, va="top", ha="right")
-            figure.text(left, text_at, "\n".join(lines), color=INK, **MONO)
-            ax = figure.add_axes((left, 0.12 / height, right - left, bars_at - 0.12 / height))
-            ax.set_title("log-ratio to SFT (nats)", loc="left", fontsize=10.5, color=PALE)
-            for y, (run, ratio) in enumerate(answer["log_ratios"].items()):
-                side, other = ("left", "right") if ratio >= 0 else ("right", "left")
-                look = {"va": "center", "fontsize": 10, "color": INK}
-                ax.barh(y, ratio, color=self._color(run), height=0.72)
-                ax.text(0, y, f" {shortened(run)} ", ha=other, **look)
-                ax.text(ratio, y, f" {ratio:+.1f} ".replace("-", "−"), ha=side, **look)
+            ax.set_title(gold, loc="right", fontsize=12, color=INK)
+            ax.set_xlabel("\n".join(lines), loc="left", color=INK, **MONO)
+            bars = ax.barh(list(map(shortened, self.runs)), answer["log_ratios"].values(),
+                           color=list(colors.values()), height=0.72)
+            ax.bar_label(bars, fmt="%+.1f", padding=3, fontsize=10, color=INK)
             ax.axvline(0, color="#AAAAAA", lw=1)
-            ax.set(xlim=(-reach, reach), ylim=(len(self.runs) - 0.5, -0.5), xticks=[], yticks=[])
+            ax.tick_params(length=0, labelcolor=INK, labelbottom=False)
             ax.spines[:].set_visible(False)
-        return Picture(figure, []).png()
-
-
-def playground(runs) -> Playground:
-    """Type a prompt, and see what the SFT model and the policies of `runs` answer, with their log-ratios.
-
-    runs: a list of runs or directories, or a dict name -> run; with checkpoints, all begun from one model.
-    """
-    if not isinstance(runs, dict):
-        runs = [runs] if isinstance(runs, (str, Path)) or hasattr(runs, "directory") else runs
-        runs = {Path(getattr(run, "directory", run)).resolve().name: run for run in runs}
-    if not runs:
-        raise ValueError("There is no run to ask: give the directories of one or more.")
-    return Playground({name: Path(getattr(run, "directory", run)) for name, run in runs.items()})
+            ax.margins(x=0.3)
+        axes[0].invert_yaxis()  # of all
+        return figure

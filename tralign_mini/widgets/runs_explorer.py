@@ -19,10 +19,10 @@ from ..overoptimization import fit_overoptimization, frontier
 from ..plot_style import COLORS, DASHES, INK, MARKERS, PALE, STEP, shortened, style_axes
 from ..record import Record, read
 from ..worlds import grid_directory
-from .panel import WIDTH, Panel, Picture, around, choice
+from .panel import WIDTH, Panel, around, choice
 
 FILTERS = ("method", "alpha", "tau", "beta", "seed")  # always there; the others where they tell runs apart
-OTHERS = ("tuning", "learning_rate", "epochs", "train_pairs", "batch_size", "model", "data")
+OTHERS = ("tuning", "epochs", "model", "data")
 SIGNS = {"alpha": "α", "tau": "τ", "beta": "β"}
 COURSES = {  # column: label of the button, title, label of the axis
     "gold/reward": ("gold", "True quality", "gold reward"),
@@ -68,20 +68,22 @@ def course(record: Record, column: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class RunsExplorer(Panel):
-    """Controls: filters (setting -> list box), shown. runs: the table of `find_runs`."""
+    """Finished runs below a directory: filter them, see their curves, and gold reward against sqrt(KL).
 
-    def __init__(self, directory):
-        self.runs, left_out = find_runs(directory)
-        self.filters, cuts = {}, []
+    directory: by default the grid that ships with the package. Colours tell the reference: blue fixed, orange
+    soft, green hard. Bold: on the left means over seeds, on the right the law R(d) = d (a - b log d).
+    Controls: filters (setting -> list box), shown. runs: the table of `find_runs`.
+    """
+
+    def __init__(self, directory=None):
+        self.runs, left_out = find_runs(directory or grid_directory())
+        self.filters = {}
         for name in (*FILTERS, *OTHERS):
-            values = [None if pd.isna(value) else value for value in self.runs[name]]
-            cut = pd.factorize(pd.Series(map(str, values)))[0].tolist()
-            if name in FILTERS or (any(cut) and cut not in cuts):  # of two that change together, one
-                cuts.append(cut)
-                options = sorted(set(values), key=lambda value: (value is None, value or 0))
-                named = [(_text(value), value) for value in options]
+            options = sorted(set(self.runs[name]), key=lambda value: (value is None, value or 0))
+            if name in FILTERS or len(options) > 1:
                 self.filters[name] = ipywidgets.SelectMultiple(
-                    options=named, value=options, rows=5, layout={"width": "110px"})
+                    options=[(_text(value), value) for value in options], value=options, rows=5,
+                    layout={"width": "110px"})
         boxes = [ipywidgets.VBox([ipywidgets.HTML(f"<b>{name}</b>"), box])
                  for name, box in self.filters.items()]
         records = self.runs["record"]
@@ -92,18 +94,15 @@ class RunsExplorer(Panel):
         figure = Figure(figsize=(WIDTH, 4.5), facecolor="white")
         self.axes = [figure.add_axes((left, 0.13, 0.33, 0.76)) for left in (0.06, 0.455)]
         style_axes(self.axes[1], "True quality against distance", "√KL to the initial policy", "gold reward")
-        self._picture = Picture(figure, [])
-        super().__init__([boxes, [self.shown]], [*self.filters.values(), self.shown])
+        super().__init__([boxes, [self.shown]], [*self.filters.values(), self.shown], figure)
         if left_out:
             text = f"not readable as runs: {', '.join(left_out)}"
             self.message.value = f'<span style="color:{PALE}">{text}</span>'
 
     def selected(self) -> pd.DataFrame:
         """The runs that pass all filters."""
-        keep = np.ones(len(self.runs), bool)
-        for name, box in self.filters.items():
-            keep &= [(None if pd.isna(value) else value) in box.value for value in self.runs[name]]
-        return self.runs[keep]
+        kept = [self.runs[name].isin(box.value) for name, box in self.filters.items()]
+        return self.runs[np.logical_and.reduce(kept)]
 
     def groups(self) -> dict[str, pd.DataFrame]:
         """The selected runs, name -> those that differ in their seed alone."""
@@ -118,9 +117,9 @@ class RunsExplorer(Panel):
             groups[" ".join([first["kind"], *words])] = rows
         return dict(sorted(groups.items(), key=lambda item: list(COLORS).index(item[1]["kind"].iloc[0])))
 
-    def picture(self) -> bytes:
-        column, groups, artists, handles, seen = self.shown.value, self.groups(), [], [], []
-        figure, (left, right) = self._picture.figure, self.axes
+    def draw(self) -> None:
+        column, groups, handles, seen = self.shown.value, self.groups(), [], []
+        left, right = self.axes
         style_axes(left, COURSES[column][1], STEP, COURSES[column][2])
         runs = self.selected() if groups else self.runs
         for ax, what in ((left, column), (right, "frontier")):
@@ -129,48 +128,41 @@ class RunsExplorer(Panel):
             if len(x):
                 ax.set(xlim=(-0.02 * x.max(), 1.03 * x.max()), ylim=around([*y, *gold]))
             if gold:
-                artists.append(ax.axhline(np.mean(gold), color=COLORS["initial"], lw=1.2, ls=DASHES[1]))
+                ax.axhline(np.mean(gold), color=COLORS["initial"], lw=1.2, ls=DASHES[1])
         for name, rows in groups.items():
             kind = rows["kind"].iloc[0]
             i = seen.count(kind)
             seen.append(kind)
             look = {"color": COLORS[kind], "ls": DASHES[i % 4], "marker": MARKERS[i // 4 % 4], "mec": "white"}
             look["lw"] = 2.4 if len(groups) <= MOST_NAMED else 1.2
-            artists += _group(left, [self._curves[column][i] for i in rows.index], look | {"marker": ""})
+            _draw_group(left, [self._curves[column][i] for i in rows.index], look | {"marker": ""})
             paths = [self._curves["frontier"][i] for i in rows.index]
-            artists += _group(right, paths, look, law(paths))
+            _draw_group(right, paths, look, law(paths))
             handles.append(Line2D([], [], label=shortened(name), ms=6, **look))
         if len(handles) > MOST_NAMED:
             handles = [Line2D([], [], label=kind, lw=2.4, color=COLORS[kind]) for kind in dict.fromkeys(seen)]
         look = {"frameon": False, "fontsize": 10.5, "labelcolor": INK, "handlelength": 2.2}
-        artists.append(figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.79, 0.91), **look))
+        left.figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.79, 0.91), **look)
         note = f"{len(self.selected())} of {len(self.runs)} runs; thin: a seed\nright, bold: d (a − b log d)"
-        artists.append(figure.text(0.8, 0.05, note, fontsize=10.5, color=PALE))
-        self._picture.moving = artists
-        try:
-            return self._picture.png()
-        finally:
-            for artist in artists:
-                artist.remove()
+        left.figure.text(0.8, 0.05, note, fontsize=10.5, color=PALE)
 
 
-def _group(ax, curves: list[tuple], look: dict, law: tuple | None = None) -> list:
+def _draw_group(ax, curves: list[tuple], look: dict, law: tuple | None = None) -> None:
     """Bold: the law, or the mean over the runs; thin: each run, if several; large: where they end."""
     curves = [curve for curve in curves if len(curve[0])]
     if not curves:
-        return []
-    artists, dot = [], {"ls": "", "mew": 0.5, "ms": 4.5 if look["lw"] > 2 else 0}
+        return
     if len(curves) > 1:
         lines = [np.stack(curve, 1) for curve in curves]
         thin = LineCollection(lines, lw=0.9, alpha=0.35, colors=look["color"])
-        artists.append(ax.add_collection(thin, autolim=False))
+        ax.add_collection(thin, autolim=False)
     length = min(len(x) for x, _ in curves)
     x, y = np.mean([(x[:length], y[:length]) for x, y in curves], 0)
-    artists += ax.plot(*(law or (x, y)), **look | {"marker": ""})
+    ax.plot(*(law or (x, y)), **look | {"marker": ""})
     if look["marker"]:
-        artists += ax.plot(x, y, **look | dot)
-        artists += ax.plot(x[-1:], y[-1:], **look | dot | {"ms": 4 * look["lw"]})
-    return artists
+        dot = look | {"ls": "", "mew": 0.5, "ms": 4.5 if look["lw"] > 2 else 0}
+        ax.plot(x, y, **dot)
+        ax.plot(x[-1:], y[-1:], **dot | {"ms": 4 * look["lw"]})
 
 
 def law(paths: list[tuple]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -186,12 +178,3 @@ def law(paths: list[tuple]) -> tuple[np.ndarray, np.ndarray] | None:
 
 def _text(value) -> str:
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def runs_explorer(directory=None) -> RunsExplorer:
-    """Finished runs below a directory: filter them, see their curves, and gold reward against sqrt(KL).
-
-    directory: by default the grid that ships with the package. Colours tell the reference: blue fixed, orange
-    soft, green hard. Bold: on the left means over seeds, on the right the law R(d) = d (a - b log d).
-    """
-    return RunsExplorer(directory or grid_directory())
