@@ -146,6 +146,8 @@ BAD = [
     (["evaluate", "{place}/run", "--judge", "reward:{place}/none"], ["none"]),
     (["evaluate", "{place}/run", "--judge", "gold", "--model", "m"], ["--model is for --judge llm"]),
     (["evaluate", "{place}/run", "--rate"], ["--rate is for --judge llm", "not named"]),
+    (["evaluate", "{place}/run", "--judge", "llm", "--settings", "0"], ["--settings 0 is not"]),
+    (["evaluate", "{place}/run", "--judge", "llm", "--settings", "{"], ["--settings { is not"]),
     (["evaluate", "{place}/run", "--judge", "llm"], ["needs the name of a model", "--model NAME"]),
     (["evaluate", "{place}/run", "--judge", "llm", "--model", "m"], ["OPENAI_API_KEY is not set"]),
     (["evaluate", "{place}/run", "--export", "csv"], ["no format 'csv'", "alpaca_eval"]),
@@ -208,9 +210,11 @@ def test_evaluate_judges_a_run_against_its_initial_policy(run, monkeypatch, caps
     before = samples.stat().st_mtime_ns
     with endpoint(longer) as server:
         llm = ("--judge", "llm", "--model", "m", "--endpoint", server.url, "--price", 1, 2)
+        llm += ("--settings", '{"top_p": 0.5}')
         arguments = ("evaluate", judged, *llm, "--output", tmp_path, "--export", "alpaca_eval")
         code, out, _ = tralign(monkeypatch, capsys, *arguments)
         asked = len(server.questions)
+        assert server.requests[0][2]["top_p"] == 0.5 and "temperature" not in server.requests[0][2]
         assert code == 0 and samples.stat().st_mtime_ns == before
         assert "m: 6 requests, 0 more answered" in out and "0.0007 $" in out  # 600 read, 42 written
         assert tralign(monkeypatch, capsys, *arguments)[0] == 0 and len(server.questions) == asked

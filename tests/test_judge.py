@@ -406,7 +406,7 @@ def test_a_killed_judge_goes_on_where_it_stopped(tmp_path):
 
 def test_a_damaged_file_of_answers_is_refused(tmp_path):
     (tmp_path / "answers.jsonl").write_text('{"key": "x", "answer": "y"}\nnonsense\n')
-    with endpoint(longer) as server, pytest.raises(ValueError, match="line 2 is not an answer of a judge"):
+    with endpoint(longer) as server, pytest.raises(ValueError, match="line 2 is not JSON"):
         make(server, tmp_path)
 
 

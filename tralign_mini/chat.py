@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from .evaluate import initial_policy, sequence_logps
-from .generate import sample
+from .evaluate import draw, initial_policy, sequence_logps
 from .record import prompt_text
 from .runs import Run
 
@@ -43,20 +42,20 @@ def converse(directory: Path, temperature: float, console: Console) -> None:
 
 def answer(run: Run, prompt, *, temperature: float = 1.0, seed: int = 0) -> dict[str, tuple[str, str]]:
     """Each model's answer, and its log-ratio: log policy - log initial policy, in nats."""
-    recipe, pad = run.recipe, run.tokenizer.pad_token_id
-    models = {"initial": initial_policy(run.policy, recipe), "policy": nullcontext(run.policy)}
+    recipe, models = run.recipe, {"initial": initial_policy(run.policy, run.recipe)}
+    models["policy"] = nullcontext(run.policy)
     if run.reference is not None:
         models["reference"] = run.reference.using()
-    drawn, limits = {}, {key: getattr(recipe, key) for key in ("max_prompt_tokens", "max_completion_tokens")}
-    for who, context in models.items():
+    texts, sequences = [], []
+    for context in models.values():
         with context as model:
-            drawn[who] = sample(model, run.tokenizer, [prompt], temperature=temperature, seed=seed, **limits)
-    sequences = [samples.sequences[0] for samples in drawn.values()]
-    ratios = sequence_logps(run.policy, sequences, pad)
+            drawn = draw(model, run.tokenizer, recipe, [prompt], seed=seed, temperature=temperature)
+        texts += drawn.texts
+        sequences += drawn.sequences
+    ratios = sequence_logps(run.policy, sequences, run.tokenizer.pad_token_id)
     with initial_policy(run.policy, recipe) as initial:
-        ratios = ratios - sequence_logps(initial, sequences, pad)
-    ratios = [f"{ratio:+.1f} nats" for ratio in ratios.tolist()]
-    return {who: (samples.texts[0], ratio) for (who, samples), ratio in zip(drawn.items(), ratios)}
+        ratios -= sequence_logps(initial, sequences, run.tokenizer.pad_token_id)
+    return {who: (text, f"{ratio:+.1f} nats") for who, text, ratio in zip(models, texts, ratios.tolist())}
 
 
 def _ask(console: Console) -> str:

@@ -5,6 +5,7 @@ An error is one message and exit code 2. Ctrl-C while training finishes the step
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import threading
@@ -120,6 +121,7 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="llm: the model's name at the endpoint")] = None,
     endpoint: Annotated[str | None, typer.Option(help="llm: base URL; default: OpenAI's")] = None,
     price: Annotated[tuple[float, float] | None, typer.Option(help="llm: $ a million tokens in, out")] = None,
+    settings: Annotated[str, typer.Option(help='llm: what a request says, as {"temperature": 0}')] = "",
     rate: Annotated[bool, typer.Option(help="llm: rate each answer from 1 to 10 as well")] = False,
     export: Annotated[str | None, typer.Option(help="alpaca_eval | arena-hard: write the samples so")] = None,
     output: Annotated[Path, typer.Option(help="folder of page, answers, exports")] = Path("runs/judged"),
@@ -137,7 +139,7 @@ def evaluate(
     from .judge import make_judge
     from .record import read
 
-    llm = {"model": model, "endpoint": endpoint, "price": price}
+    llm = {"model": model, "endpoint": endpoint, "price": price, "settings": _json_object(settings)}
     for name, value in (llm | {"rate": rate}).items():
         if value and judge != "llm":
             raise ValueError(f"--{name} is for --judge llm; the judge is {judge or 'not named'}.")
@@ -160,6 +162,16 @@ def evaluate(
         _say(f"page: {result.save(output)}")
     else:
         _show(compare_runs(runs))
+
+
+def _json_object(text: str) -> dict | None:
+    try:
+        found = json.loads(text or "null")
+    except json.JSONDecodeError:
+        found = text
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f"--settings {text} is not a JSON object, such as '{{\"temperature\": 0}}'.")
+    return found
 
 
 @app.command()

@@ -7,7 +7,6 @@ are something else: nobody sampled those from the policy.
 
 from __future__ import annotations
 
-import json
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from peft import PeftModel
 
 from .checkpoint import quietly
 from .data import collate
-from .generate import Samples, sample
+from .generate import Samples, eval_mode, sample
+from .json_lines import write_rows
 from .logprobs import completion_logps
 from .models import load_base
 from .recipe import Recipe
@@ -38,20 +38,22 @@ def initial_policy(policy: torch.nn.Module, recipe: Recipe):
         yield initial
 
 
+def draw(model: torch.nn.Module, tokenizer, recipe: Recipe, prompts: list, *, seed: int,
+         temperature: float = 1.0) -> Samples:
+    """One completion of `model` for each prompt, within the lengths of the recipe."""
+    limits = {key: getattr(recipe, key) for key in ("max_prompt_tokens", "max_completion_tokens")}
+    return sample(model, tokenizer, prompts, seed=seed, temperature=temperature, **limits)
+
+
 @torch.no_grad()
 def sequence_logps(model: torch.nn.Module, sequences: list, pad_token_id: int) -> torch.Tensor:
     """Summed log-probabilities of sampled completions, (n,) float64, without dropout."""
-    device, modes = next(model.parameters()).device, [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        parts = []
+    device, parts = next(model.parameters()).device, []
+    with eval_mode(model):
         for start in range(0, len(sequences), SCORED_AT_ONCE):
             batch = collate(sequences[start : start + SCORED_AT_ONCE], pad_token_id)
             parts.append(completion_logps(model, {name: tensor.to(device) for name, tensor in batch.items()}))
-        return torch.cat(parts).double().cpu()
-    finally:
-        for module, training in modes:
-            module.training = training
+    return torch.cat(parts).double().cpu()
 
 
 class Evaluator:
@@ -60,24 +62,12 @@ class Evaluator:
     def __init__(self, recipe: Recipe, tokenizer, prompts: list):
         self.recipe, self.tokenizer, self.prompts = recipe, tokenizer, prompts
 
-    def sample(self, model: torch.nn.Module, seed: int) -> Samples:
-        """One completion of `model` for each prompt, at temperature 1."""
-        recipe = self.recipe
-        return sample(
-            model,
-            self.tokenizer,
-            self.prompts,
-            max_completion_tokens=recipe.max_completion_tokens,
-            max_prompt_tokens=recipe.max_prompt_tokens,
-            seed=seed,
-        )
-
     def __call__(self, trainer, step: int) -> dict[str, float]:
-        pad = self.tokenizer.pad_token_id
+        recipe, pad = self.recipe, self.tokenizer.pad_token_id
         with trainer.accelerator.autocast():
-            samples = self.sample(trainer.policy, seed=self.recipe.seed + step)
+            samples = draw(trainer.policy, self.tokenizer, recipe, self.prompts, seed=recipe.seed + step)
             policy_logps = sequence_logps(trainer.policy, samples.sequences, pad)
-            others = {"kl/initial": initial_policy(trainer.policy, self.recipe)}
+            others = {"kl/initial": initial_policy(trainer.policy, recipe)}
             if trainer.reference is not None:
                 others["kl/reference"] = trainer.reference.using()
             row = {}
@@ -85,30 +75,23 @@ class Evaluator:
                 with other as model:
                     row[name] = (policy_logps - sequence_logps(model, samples.sequences, pad)).mean().item()
         row["length/completion"] = sum(len(ids) for _, ids in samples.sequences) / len(samples.sequences)
-        if self.recipe.world:
-            rewards = gold_reward(self.recipe.world, self.prompts, samples.texts)
+        if recipe.world:
+            rewards = gold_reward(recipe.world, self.prompts, samples.texts)
             row["gold/reward"] = sum(rewards) / len(rewards)
         return row
 
 
-def write_samples(
-    policy, recipe: Recipe, tokenizer, prompts: list, path: Path, *, seed: int, autocast=None
-) -> None:
+def write_samples(policy, recipe: Recipe, tokenizer, prompts: list, path: Path, *, seed: int,
+                  autocast=None) -> None:
     """Answers of the initial policy and of the policy to the same prompts, one JSON object a line."""
-    evaluator = Evaluator(recipe, tokenizer, prompts)
     with autocast or nullcontext():
-        answers = {"policy": evaluator.sample(policy, seed).texts}
         with initial_policy(policy, recipe) as initial:
-            answers["initial"] = evaluator.sample(initial, seed).texts
-    rows = [
-        {"prompt": p, "initial": a, "policy": b}
-        for p, a, b in zip(prompts, answers["initial"], answers["policy"])
-    ]
+            texts = {"initial": draw(initial, tokenizer, recipe, prompts, seed=seed).texts}
+        texts["policy"] = draw(policy, tokenizer, recipe, prompts, seed=seed).texts
+    columns = {"prompt": prompts} | texts
     if recipe.world:
-        gold = {who: gold_reward(recipe.world, prompts, texts) for who, texts in answers.items()}
-        for row, a, b in zip(rows, gold["initial"], gold["policy"]):
-            row |= {"gold_initial": a, "gold_policy": b}
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        columns |= {f"gold_{who}": gold_reward(recipe.world, prompts, texts[who]) for who in texts}
+    write_rows(path, [dict(zip(columns, row)) for row in zip(*columns.values())])
 
 
 def evaluate(run, *, prompts: int | None = None, seed: int | None = None) -> Path:

@@ -22,22 +22,12 @@ class Samples(NamedTuple):
     """One completion a prompt, in the order of the prompts."""
 
     texts: list[str]  # decoded completions, without special tokens
-    sequences: list[
-        tuple[list[int], list[int]]
-    ]  # (prompt_ids, completion_ids), EOS included if it was sampled
+    sequences: list[tuple[list[int], list[int]]]  # (prompt_ids, completion_ids); EOS too if it was sampled
 
 
-def sample(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict]],
-    *,
-    max_completion_tokens: int,
-    max_prompt_tokens: int | None = None,
-    temperature: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 64,
-) -> Samples:
+def sample(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict]], *,
+           max_completion_tokens: int, max_prompt_tokens: int | None = None, temperature: float = 1.0,
+           seed: int = 0, batch_size: int = 64) -> Samples:
     """Sample one completion for each prompt (a string or a list of chat messages); temperature 0 is greedy.
 
     model: a causal LM of transformers or a PeftModel, as it stands (active adapter included). A completion
@@ -47,53 +37,57 @@ def sample(
     every module's train/eval mode and the model's settings are left as they were.
     """
     if max_completion_tokens < 1 or batch_size < 1:
-        raise ValueError(
-            f"max_completion_tokens and batch_size must be at least 1, not {max_completion_tokens} "
-            f"and {batch_size}."
-        )
+        raise ValueError(f"max_completion_tokens and batch_size must be at least 1, not "
+                         f"{max_completion_tokens} and {batch_size}.")
     if not 0 <= temperature < inf:
-        raise ValueError(
-            f"temperature={temperature} is not a number from 0 (greedy) up. 1 samples from the policy."
-        )
+        raise ValueError(f"temperature={temperature} is not a number from 0 (greedy) up. 1 samples from the "
+                         "policy.")
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "The tokenizer has no EOS token, so no completion could ever end. Set tokenizer.eos_token."
-        )
+        raise ValueError("The tokenizer has no EOS token, so no completion could ever end. Set "
+                         "tokenizer.eos_token.")
     prompt_tokens = [list(prompt_ids(tokenizer, prompt, max_prompt_tokens)) for prompt in prompts]
     _check(prompt_tokens, max_completion_tokens, model.config)
 
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     pad = eos if pad is None else pad
     drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-    settings = GenerationConfig(
-        max_new_tokens=max_completion_tokens, eos_token_id=eos, pad_token_id=pad, **drawing
-    )
+    drawing |= {"max_new_tokens": max_completion_tokens, "eos_token_id": eos, "pad_token_id": pad}
+    settings = GenerationConfig(**drawing)
     device = model.get_input_embeddings().weight.device
 
     completions: list[list[int]] = [[]] * len(prompt_tokens)
     longest_first = sorted(range(len(prompt_tokens)), key=lambda i: -len(prompt_tokens[i]))
     accelerators = range(torch.accelerator.device_count())
-    with _evaluating(model, settings) as causal_lm, torch.random.fork_rng(devices=accelerators):
+    with _generating(model, settings) as causal_lm, torch.random.fork_rng(devices=accelerators):
         torch.manual_seed(seed)
         for start in range(0, len(longest_first), batch_size):
             batch = longest_first[start : start + batch_size]
             width = len(prompt_tokens[batch[0]])
             padding = [width - len(prompt_tokens[i]) for i in batch]
-            rows = [[pad] * k + prompt_tokens[i] for i, k in zip(batch, padding, strict=True)]
+            rows = [[pad] * k + prompt_tokens[i] for i, k in zip(batch, padding)]
             mask = [[0] * k + [1] * (width - k) for k in padding]
-            output = causal_lm.generate(
-                input_ids=torch.tensor(rows, device=device),
-                attention_mask=torch.tensor(mask, device=device),
-                generation_config=settings,
-            )
-            for i, row in zip(batch, output[:, width:].tolist(), strict=True):
+            ids, mask = torch.tensor(rows, device=device), torch.tensor(mask, device=device)
+            output = causal_lm.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            for i, row in zip(batch, output[:, width:].tolist()):
                 completions[i] = row[: row.index(eos) + 1] if eos in row else row
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
-    return Samples(texts, list(zip(prompt_tokens, completions, strict=True)))
+    return Samples(texts, list(zip(prompt_tokens, completions)))
 
 
 @contextmanager
-def _evaluating(model: nn.Module, settings: GenerationConfig) -> Iterator[nn.Module]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model without dropout; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _generating(model: nn.Module, settings: GenerationConfig) -> Iterator[nn.Module]:
     """Eval mode and `settings` as the only generation config, all back afterwards; yields the causal LM.
 
     `generate` fills each setting that the given config leaves open from the model's own one (a repetition
@@ -101,27 +95,22 @@ def _evaluating(model: nn.Module, settings: GenerationConfig) -> Iterator[nn.Mod
     back: go around it.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    modes = [(module, module.training) for module in model.modules()]
     own = causal_lm.generation_config
-    model.eval()
     causal_lm.generation_config = settings
     try:
-        yield causal_lm
+        with eval_mode(model):
+            yield causal_lm
     finally:
         causal_lm.generation_config = own
-        for module, training in modes:
-            module.training = training
 
 
 def _check(prompt_tokens: list[list[int]], max_completion_tokens: int, config) -> None:
-    for i, ids in enumerate(prompt_tokens):
-        if not ids:
-            raise ValueError(f"Prompt {i} has no tokens, so there is nothing to continue. Drop it.")
+    if [] in prompt_tokens:
+        raise ValueError(f"Prompt {prompt_tokens.index([])} has no tokens, so there is nothing to continue. "
+                         "Drop it.")
     positions = getattr(config, "max_position_embeddings", None)
     longest = max(map(len, prompt_tokens), default=0)
     if positions and longest + max_completion_tokens > positions:
-        raise ValueError(
-            f"The longest prompt has {longest} tokens; with max_completion_tokens="
-            f"{max_completion_tokens} that is more than the model's {positions} positions. "
-            f"Pass max_prompt_tokens={max(positions - max_completion_tokens, 1)} or less."
-        )
+        raise ValueError(f"The longest prompt has {longest} tokens; with max_completion_tokens="
+                         f"{max_completion_tokens} that is more than the model's {positions} positions. "
+                         f"Pass max_prompt_tokens={max(positions - max_completion_tokens, 1)} or less.")

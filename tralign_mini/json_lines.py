@@ -1,4 +1,4 @@
-"""Files with a JSON object a line: what a run writes while it goes on, and what is read from its directory."""
+"""Files with a JSON object a line: what a run writes while it goes on, and what is read of it later."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def read_rows(path: Path) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error.msg}): the file was damaged. Restore "
-                             "it, or remove this line.") from None
+            raise ValueError(f"{path}, line {number} is not JSON ({error.msg}): the file was damaged. "
+                             "Restore it, or remove this line.") from None
     return rows
 
 

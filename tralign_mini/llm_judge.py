@@ -19,12 +19,13 @@ from threading import Lock
 
 from tqdm import tqdm
 
+from .json_lines import append_row, read_rows, write_rows
 from .judge import Verdict, check_sides
 from .judge_prompts import comparison, rating, read_ratings, read_winner
 
 HOPELESS = 10  # so many requests and not one answer: the endpoint is given up
 SEATS = {"A": ("a", "b"), "B": ("b", "a"), "tie": ("tie", "tie")}  # who that is with a first, with b first
-UNREADABLE, NO_COMPLETION = "unreadable answer", "a reply that is no chat completion"
+UNREADABLE, KEPT = "unreadable answer", "What was answered is kept: the same command goes on."
 
 
 class LLMJudge:
@@ -55,7 +56,10 @@ class LLMJudge:
         self._client = openai.OpenAI(api_key=self._key or "none", base_url=endpoint, timeout=timeout,
                                      max_retries=retries)
         self._where = str(self._client.base_url)
-        self._answers, self._lock = _open_cache(self._cache), Lock()
+        rows = read_rows(self._cache)
+        if self._cache.is_file() and not self._cache.read_bytes().endswith(b"\n"):
+            write_rows(self._cache, rows)  # a kill cut off its last line
+        self._answers, self._lock = {row["key"]: row["answer"] for row in rows}, Lock()
         self.asked, self.kept, self.tokens, self.failures = 0, 0, [0, 0], Counter()
 
     def __call__(self, prompts: Sequence, a: Sequence[str], b: Sequence[str]) -> list[Verdict]:
@@ -119,66 +123,40 @@ class LLMJudge:
                 self.failures[failure.partition(": ")[0]] += 1
             else:
                 self._answers[key] = answer
-                self._cache.parent.mkdir(parents=True, exist_ok=True)
-                row = {"key": key, "model": self.model, "answer": answer, "tokens": tokens}
-                with self._cache.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                append_row(self._cache, {"key": key, "model": self.model, "answer": answer, "tokens": tokens})
         return failure
 
     def _request(self, question: str) -> tuple[str, tuple[int, int], str | None]:
         """(answer, tokens read and written, what failed)."""
-        openai, messages = self._openai, [{"role": "user", "content": question}]
-        nothing, kept = ("", (0, 0)), "What was answered is kept: the same command goes on."
+        openai, messages, nothing = self._openai, [{"role": "user", "content": question}], ("", (0, 0))
         try:
             create = self._client.chat.completions.create
             reply = create(model=self.model, messages=messages, **self._settings)
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise ValueError(f"{self._where} refuses the key in OPENAI_API_KEY "
-                             f"({error.status_code}).") from None
-        except openai.NotFoundError as error:
-            said = self._shown(error.response.text)
-            raise ValueError(f"{self._where} does not know the model {self.model!r}, or its address should "
-                             f"end in /v1 ({said}).") from None
-        except openai.RateLimitError as error:
-            said = self._shown(error.response.text)
-            raise ValueError(f"{self._where} goes on refusing (429: {said}). {kept}") from None
+            answer, end = reply.choices[0].message.content or "", reply.choices[0].finish_reason
+            tokens = (reply.usage.prompt_tokens, reply.usage.completion_tokens) if reply.usage else (0, 0)
         except openai.APITimeoutError:
             return *nothing, "time-out"
         except openai.APIConnectionError as error:
-            reason = self._shown(error.__cause__)
-            raise ValueError(f"{self._where} cannot be reached ({reason}). {kept}") from None
+            lasting = f"cannot be reached ({self._shown(error.__cause__)})"
         except openai.APIStatusError as error:
-            return *nothing, f"HTTP {error.status_code}: {self._shown(error.response.text)}"
-        except (openai.APIError, ValueError):
-            return *nothing, NO_COMPLETION
-        try:
-            answer, end = reply.choices[0].message.content or "", reply.choices[0].finish_reason
-            tokens = (reply.usage.prompt_tokens, reply.usage.completion_tokens) if reply.usage else (0, 0)
-        except (AttributeError, IndexError, TypeError):
-            return *nothing, NO_COMPLETION
-        return self._shown(answer, None), tokens, "answer longer than its limit" if end == "length" else None
+            status, said = error.status_code, self._shown(error.response.text)
+            refused = f"refuses the key in OPENAI_API_KEY ({status})"
+            unknown = f"does not know the model {self.model!r}, or its address should end in /v1 ({said})"
+            what_lasts = {401: refused, 403: refused, 404: unknown, 429: f"goes on refusing (429: {said})"}
+            lasting = what_lasts.get(status)
+            if lasting is None:
+                return *nothing, f"HTTP {status}: {said}"
+        except (openai.APIError, ValueError, AttributeError, IndexError, TypeError):
+            return *nothing, "a reply that is no chat completion"
+        else:
+            failure = "answer longer than its limit" if end == "length" else None
+            return self._shown(answer, None), tokens, failure
+        raise ValueError(f"{self._where} {lasting}. {KEPT}") from None
 
     def _shown(self, text, most: int | None = 200) -> str:
         """A server's text without the key, should it repeat that; a key of a few letters is a placeholder."""
         text = str(text).encode("utf-8", "replace").decode()  # half a surrogate pair could not be written
         return (text.replace(self._key, "***") if len(self._key) >= 8 else text)[:most]
-
-
-def _open_cache(path: Path) -> dict[str, str]:
-    """The answers by key; a last line without its newline was cut off by a kill and is removed."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    whole, newline, cut = text.rpartition("\n")
-    answers = {}
-    for number, line in enumerate(whole.split("\n") if newline else (), 1):
-        try:
-            row = json.loads(line)
-            answers[row["key"]] = row["answer"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path}, line {number} is not an answer of a judge. Remove the line, or choose "
-                             "another file.") from None
-    if cut:
-        path.write_text(whole + newline, encoding="utf-8")
-    return answers
 
 
 def _verdict(first: tuple[str, str] | str, second: tuple[str, str] | str) -> Verdict:
