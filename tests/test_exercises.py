@@ -217,6 +217,35 @@ def kl_loop(policy, other, _, sample, logps):
     return sum(ratios).sum() / len(ratios)
 
 
+# PPO, MPO's second stage.
+
+def advantages_backwards(rewards, values, *, lam, after_the_end=0.0, further=1.0, next_value=None):
+    found, following = [], 0.0
+    next_value = after_the_end if next_value is None else next_value
+    for reward, value in zip(rewards.flip(0), values.flip(0)):
+        following = reward + further * next_value - value + lam * following
+        found.append(following)
+        next_value = value
+    return torch.stack(found).flip(0)
+
+
+def advantages_by_sum(rewards, values, lam):
+    delta = rewards + torch.cat([values[1:], torch.zeros(1)]) - values
+    powers = [lam ** k for k in range(len(delta))]
+    return torch.stack([sum(p * d for p, d in zip(powers, delta[t:])) for t in range(len(delta))])
+
+
+def clipped_by_minimum(logps, old_logps, advantages, *, clip):
+    ratio = (logps - old_logps).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def clipped_by_where(logps, old, advantages, clip):
+    ratio = torch.exp(logps) / torch.exp(old)
+    stopped = torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip)
+    return -torch.where(stopped, (1 + clip * advantages.sign()) * advantages, ratio * advantages)
+
+
 RIGHT = {
     "implicit_reward": [reward, reward_keyword_only, reward_in_a_loop],
     "dpo_loss": [dpo_by_margin, dpo_by_softplus, dpo_by_logaddexp, tr.dpo_loss],
@@ -229,6 +258,8 @@ RIGHT = {
     "training": [training_loop, training_with_trust_region, training_from_zero],
     "average_adapters": [average_stacked, average_scaling_a, average_by_svd],
     "kl_estimate": [kl_mean, kl_number, kl_loop],
+    "advantages": [advantages_backwards, advantages_by_sum],
+    "clipped_loss": [clipped_by_minimum, clipped_by_where],
 }
 
 
@@ -397,6 +428,34 @@ WRONG += [("training", text, functools.partial(trained, **how)) for text, how in
     ("kl_estimate", "the sum is taken for the mean",
      lambda policy, other, data, sample, logps: (
          logps(policy, sample(policy)) - logps(other, sample(policy))).sum().item()),
+]
+
+
+def ratios(logps, old, clip):
+    ratio = (logps - old).exp()
+    return ratio, ratio.clamp(1 - clip, 1 + clip)
+
+
+WRONG += [
+    ("advantages", "lam is forgotten", lambda r, v, lam: advantages_by_sum(r, v, 1.0)),
+    ("advantages", "only the next step counts", lambda r, v, lam: advantages_by_sum(r, v, 0.0)),
+    ("advantages", "after the last token its own value comes once more",
+     lambda r, v, lam: advantages_backwards(r, v, lam=lam, after_the_end=v[-1])),
+    ("advantages", "the next value is left out",
+     lambda r, v, lam: advantages_backwards(r, v, lam=lam, further=0)),
+    ("advantages", "the values are added", lambda r, v, lam: advantages_by_sum(r, v, lam) + v),
+    ("advantages", "it walks forwards", lambda r, v, lam: functools.reduce(
+        lambda found, delta: torch.cat([found, (delta + lam * found[-1])[None]]),
+        (r + torch.cat([v[1:], torch.zeros(1)]) - v)[1:], (r[:1] + v[1:2] - v[:1]))),
+
+    ("clipped_loss", "the sign is flipped", lambda *x, clip: -clipped_by_minimum(*x, clip=clip)),
+    ("clipped_loss", "nothing is clipped", lambda new, o, a, clip: -ratios(new, o, clip)[0] * a),
+    ("clipped_loss", "the ratio is clipped always", lambda new, o, a, clip: -ratios(new, o, clip)[1] * a),
+    ("clipped_loss", "the larger of the two counts",
+     lambda new, o, a, clip: torch.minimum(*(-x * a for x in ratios(new, o, clip)))),
+    ("clipped_loss", "clip is taken for 0.2", lambda *x, clip: clipped_by_where(*x, 0.2)),
+    ("clipped_loss", "the ratio is a difference of logs", lambda new, o, a, clip: torch.maximum(
+        (o - new) * a, -(new - o).clamp(1 - clip, 1 + clip) * a)),
 ]
 
 

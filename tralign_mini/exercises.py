@@ -348,3 +348,54 @@ def check_kl_estimate(function) -> bool:
         ("it is KL(other || policy). Who draws?", lambda p, o, *_: ratio(o, p, sample(o))),
         ("the sum is taken for the mean.", lambda p, o, *_: 64 * ratio(p, o, sample(p))),
     ], "The policy's own samples, policy minus other.", "KL(p || q) is the mean of log p - log q under p.")
+
+
+def check_advantages(function) -> bool:
+    """`advantages(rewards, values, *, lam)` -> generalized advantage estimates of one completion, (T,)."""
+    from .ppo import gae
+
+    def right(rewards, values, *, lam):
+        every = torch.ones(1, len(rewards), dtype=torch.bool)
+        return gae(rewards[None], values[None], every, gamma=1.0, lam=lam)[0][0]
+
+    def moved(by):
+        """The right function, given rewards of which it makes a wrong one."""
+        return lambda r, v, lam: right(r + by(v), v, lam=lam)
+    last = torch.tensor([0.0, 0, 0, 1])
+    cases = [([_random(4), _random(4, seed=1)], {"lam": lam}) for lam in (0.9, 0.5)]
+    return _grade("advantages", function, [right], cases, [
+        ("lam is forgotten, or taken for 1. How much should a distant surprise count?",
+         lambda r, v, lam: right(r, v, lam=1.0)),
+        ("only the next step counts. Which delta come after it?", lambda r, v, lam: right(r, v, lam=0.0)),
+        ("after the last token its own value comes once more. What is still to come after the end?",
+         moved(lambda v: last * v)),
+        ("the next value is left out of delta.", moved(lambda v: -torch.cat([v[1:], v[:1] * 0]))),
+        ("the values are added: these are the returns.", lambda r, v, lam: right(r, v, lam=lam) + v),
+        ("it walks forwards. Can the first token know what came later?",
+         lambda r, v, lam: right((r + torch.cat([v[1:], v[:1] * 0]) - v).flip(0), 0 * v, lam=lam).flip(0)),
+    ], "Backwards, and nothing comes after the end.", "what are delta and its sum for the last two tokens?")
+
+
+def check_clipped_loss(function) -> bool:
+    """`clipped_loss(logps, old_logps, advantages, *, clip)` -> PPO's loss of each token, (n,)."""
+    from .ppo import policy_losses
+
+    def right(logps, old_logps, advantages, *, clip):
+        return policy_losses(logps, old_logps, advantages, clip=clip)[0]
+
+    def parts(logps, old_logps, advantages, clip):
+        ratio = (logps - old_logps).exp()
+        return ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    cases = [([_random(8).requires_grad_(), _random(8, seed=1), _random(8, seed=2)], {"clip": clip})
+             for clip in (0.2, 0.5)]
+    return _grade("clipped_loss", function, [right], cases, [
+        ("the sign is flipped. An optimizer makes losses small.", lambda *x, clip: -right(*x, clip=clip)),
+        ("nothing is clipped.", lambda *x, clip: -parts(*x, clip)[0]),
+        ("the ratio is clipped always. A good token that became less likely has no gradient then: who brings "
+         "it back?", lambda *x, clip: -parts(*x, clip)[1]),
+        ("the larger of the two counts. Which one is pessimistic?",
+         lambda *x, clip: -torch.maximum(*parts(*x, clip))),
+        ("clip is taken for 0.2, whatever it is.", lambda *x, clip: right(*x, clip=0.2)),
+        ("the ratio is a difference of logs. Take exp.",
+         lambda new, o, a, clip: -torch.minimum((new - o) * a, (new - o).clamp(1 - clip, 1 + clip) * a)),
+    ], "Clipped only where going further would pay.", "try ratios around the clip, both signs.")
