@@ -42,6 +42,7 @@ class Job:
     batch_size: int
     steps: int
     warmup: int = 1  # of the steps: not timed
+    method: str = "dpo"
     tuning: str = "full"
     tau: int | None = None  # None: the reference is fixed
     micro_batch_size: int | None = None  # None: all pairs of a step at once
@@ -96,8 +97,9 @@ class Clock(TrainerCallback):
     def result(self, job: Job, lines: list[dict], *more) -> Result:
         """With the mean time of the steps after the warm-up; lines: what was logged, one a step."""
         seconds = (self.ends[-1] - self.ends[job.warmup - 1]) / (job.steps - job.warmup)
-        logps = lines[0]["logps/chosen"], lines[0]["logps/rejected"]
-        return Result(seconds, self.peak, [line["loss"] for line in lines], logps, *more)
+        scores = "rewards" if job.method == "reward" else "logps"
+        first = lines[0][f"{scores}/chosen"], lines[0][f"{scores}/rejected"]
+        return Result(seconds, self.peak, [line["loss"] for line in lines], first, *more)
 
 
 def synchronize() -> None:
@@ -136,7 +138,7 @@ def recipe_of(job: Job, folder: Path):
     lengths = {name: max(len(row[name]) for row in job.rows) for name in job.rows[0]}
     moving = {"reference": "soft", "alpha": ALPHA, "tau": job.tau} if job.tau else {"reference": "fixed"}
     return Recipe(
-        model=job.model, data="none", method="dpo", beta=BETA, **moving, tuning=job.tuning,
+        model=job.model, data="none", method=job.method, beta=BETA, **moving, tuning=job.tuning,
         lora_rank=LORA_RANK, batch_size=job.batch_size, micro_batch_size=job.micro_batch_size,
         max_steps=job.steps, learning_rate=LEARNING_RATE,
         lr_scheduler="constant", max_grad_norm=MAX_GRAD_NORM, dtype=job.dtype, seed=job.seed,
@@ -146,14 +148,15 @@ def recipe_of(job: Job, folder: Path):
 
 
 def _ours(job: Job, folder: Path) -> Result:
-    from tralign_mini import AlignmentTrainer, make_reference
+    from tralign_mini import AlignmentTrainer
     from tralign_mini.models import load_policy
+    from tralign_mini.runs import load_reference
 
     recipe = recipe_of(job, folder)
     tokenizer, clock = _tokenizer(job), Clock()
     policy = load_policy(recipe)
-    reference = make_reference(policy, rank=None if job.tuning == "full" else recipe.reference_rank)
-    head = _head(reference) if job.tuning == "full" else None
+    reference = load_reference(policy, recipe)
+    head = _head(reference) if reference and job.tuning == "full" else None
     # without a cache: a fixed reference, too, is computed in every step
     trainer = AlignmentTrainer(policy, reference, job.rows, recipe, tokenizer, folder, cache=None)
     trainer.add_callback(clock)

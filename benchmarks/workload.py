@@ -61,7 +61,7 @@ def workload(name: str, steps: int, folder: Path, seed: int = 0) -> Workload:
         return Workload(name, model_path(WORLD), world_rows(steps * WORLD_PAIRS, seed), WORLD_PAIRS)
     config, model = neox_config(), Path(folder, "model")
     if not model.exists():
-        save_model(config, model, seed=seed)
+        number_tokenizer(config.vocab_size).save_pretrained(save_model(config, model, seed=seed))
     if name == "hh-file":
         pairs = SHAPES["hh"].pairs
         return Workload(name, str(model), file_rows(steps * pairs, seed), pairs)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lora_helpers import adapted
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.workload import SHAPES, neox_config, random_rows, save_model
+from benchmarks.workload import workload
 from tralign_mini import memory, rehearsal
 from tralign_mini.logprobs import completion_logps
 from tralign_mini.memory import predict, smaller
@@ -46,7 +46,7 @@ def recipe_of(folder, model="neox", **changes) -> Recipe:
 
 def parts(recipe, moment=STEP) -> dict[str, float]:
     run = Rehearsal(recipe)
-    run.run(*run.largest_batch())
+    run.run(run.largest_batch())
     return run.moments[moment]
 
 
@@ -83,15 +83,29 @@ def test_four_bits_for_linear_layers_but_not_for_the_head(folder):
     assert found["weights, frozen"] == pytest.approx(4 * (WEIGHTS - LAYERS * LINEAR), abs=16)
 
 
+def test_a_reward_model_has_one_row_for_a_head_and_no_reference(folder):
+    changes = {"method": "reward", "batch_size": 4, "micro_batch_size": 2}
+    found = parts(recipe_of(folder, **changes))
+    weights = WEIGHTS - VOCAB * H + H
+    assert found["weights, trained"] == found["gradients"] == 4 * weights
+    assert found["optimizer"] == 8 * weights
+    assert not found.keys() & {"reference", "logits"}
+    adapter = parts(recipe_of(folder, tuning="lora", **changes))
+    assert adapter["weights, trained"] == adapter["gradients"] == 4 * (LAYERS * RANKS * 2 + H)  # a new head
+    assert "reference" not in adapter
+    moments = predict(recipe_of(folder, **changes)).moments
+    assert [*moments] == [STEP, "scoring held-out pairs"]
+
+
 def after_the_forward_pass(recipe) -> dict[str, float]:
     run = Rehearsal(recipe)
-    batch, _ = run.largest_batch()
+    batch = run.largest_batch()
     counted = int(batch["counted"].sum())
     with run.mode:
         batch = {name: run.mode.from_tensor(tensor) for name, tensor in batch.items()}
         with run.ledger, run.autocast():
             run.ledger.label = "activations"
-            logps = run._logps(run.policy, batch, counted)
+            logps = run._scores(run.policy, batch, counted)
             assert logps.shape == (counted,)  # still there, and with it the graph
             return dict(run.ledger.now)
 
@@ -329,15 +343,15 @@ print(measure(Job(**json.load(sys.stdin))).peak)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
-def test_within_15_percent_of_what_a_fresh_process_measures(tmp_path):
-    """A line of the benchmark: 70 M parameters, 8 pairs of 40 + 20 tokens."""
-    save_model(neox_config(), tmp_path / "model")
-    rows = random_rows(SHAPES["short"], 24, 50304)
-    job = {"side": "ours", "model": str(tmp_path / "model"), "rows": rows, "batch_size": 8, "steps": 3,
-           "tau": 2}
+@pytest.mark.parametrize("method", [{"method": "dpo", "tau": 2}, {"method": "reward"}], ids=["dpo", "reward"])
+def test_within_15_percent_of_what_a_fresh_process_measures(tmp_path, method):
+    """Lines of the benchmark: 70 M parameters, 8 pairs of 40 + 20 tokens."""
+    work = workload("short", 3, tmp_path)
+    job = {"side": "ours", "model": work.model, "rows": work.rows, "batch_size": work.pairs, "steps": 3}
     root, environment = Path(__file__).parents[1], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", MEASURE], input=json.dumps(job), cwd=root, env=environment,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", MEASURE], input=json.dumps(job | method), cwd=root,
+                          env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    step = predict(recipe_of(tmp_path, "model", batch_size=8, max_steps=3), rows).moments[STEP]
+    recipe = recipe_of(tmp_path, "model", batch_size=work.pairs, max_steps=3, method=method["method"])
+    step = predict(recipe, work.rows).moments[STEP]
     assert sum(step.values()) == pytest.approx(int(done.stdout.split()[-1]), rel=0.15)

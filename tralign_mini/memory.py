@@ -64,7 +64,7 @@ def predict(recipe: Recipe, rows: list[dict] | None = None) -> Prediction:
         rehearsal = Rehearsal(recipe, on_cpu=device.type == "cpu")
     largest = rehearsal.largest_batch(rows)
     try:
-        rehearsal.run(*largest)
+        rehearsal.run(largest)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         kind = rehearsal.config.model_type

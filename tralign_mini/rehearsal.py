@@ -19,19 +19,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from . import logprobs
 from .adapters import INITIAL, switched
 from .attention import by_group
 from .batches import StepStream, collate_rows, group_of
-from .models import compute_dtype, is_adapter, loading, model_path
-from .packing import group_length
+from .models import HEAD, compute_dtype, is_adapter, loading, model_path
 from .plan import WITHOUT_REFERENCE
 from .recipe import Recipe
 from .reference import REFERENCE
-from .sharing import PACKED, PACKED_BY_GROUP, WINDOWS, _depends_on_the_row
+from .reward import SCORED_AT_ONCE, read_at
+from .sharing import PACKED, PACKED_BY_GROUP, NotExact, longest_row
 
 CPU = torch.device("cpu")  # whatever the run's device is: shapes and dtypes are the same there
 ADAM = 8  # bytes for each trained weight: two moments in float32
@@ -87,85 +87,96 @@ class Rehearsal:
         self.micro = recipe.micro_batch_size or recipe.batch_size
         self.moments: dict[str, dict[str, float]] = {}
         (self.policy, saved_dtype), self.reference = _policy(recipe), None
-        self.config = self.policy.config.get_text_config()
+        self.config, self.reward = self.policy.config.get_text_config(), recipe.method == "reward"
         if recipe.tuning == "full" and recipe.method not in WITHOUT_REFERENCE:
             self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval()
         for model in filter(None, (self.policy, self.reference)):
             self._fake(model)
-            logprobs._KNOWN[model] = model.get_output_embeddings(), True  # found out by numbers otherwise
+            if not self.reward:
+                logprobs._KNOWN[model] = model.get_output_embeddings(), True  # found out by numbers otherwise
+        self.by_group = on_cpu and by_group(self.policy)
         self._enter_weights(saved_dtype)
 
-    def run(self, batch: dict[str, torch.Tensor], longest: int) -> None:
+    def run(self, batch: dict[str, torch.Tensor]) -> None:
         """Each moment in which memory could be short, with what `largest_batch` returns."""
-        counted = int(batch["counted" if "counted" in batch else "completion_mask"].sum())
-        spans = batch.pop("spans", None)  # numbers that a CPU's attention looks at
-        batch = {name: self.mode.from_tensor(tensor) for name, tensor in batch.items()}
-        batch |= {"spans": spans} if self.on_cpu else {}
+        recipe, longest = self.recipe, self.longest
+        spans = {"spans": batch["spans"]} if self.by_group and "spans" in batch else {}  # numbers, looked at
+        counted = batch["counted" if "counted" in batch else "completion_mask"]
+        scores = len(counted) if self.reward else int(counted.sum())
+        batch = {name: self.mode.from_tensor(tensor) for name, tensor in batch.items() if name != "spans"}
         with self.mode:
-            if self.recipe.method != "sft":
+            if recipe.method not in ("sft", "reward"):
                 with self._moment("check of shared prompts"), torch.no_grad(), self.autocast():
                     tokens = torch.ones(2, longest, dtype=torch.long)  # logprobs.plain_completion_logps
                     self.policy(tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
             trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
             self.ledger.add({"optimizer": ADAM * trained})
             with self._moment("training step"):
-                for _ in range(1 if self.micro == self.recipe.batch_size else 2):
-                    self._micro_batch(batch, counted)  # the second one begins with gradients
+                for _ in range(1 if self.micro == recipe.batch_size else 2):
+                    self._micro_batch(batch | spans, scores)  # the second one begins with gradients
                 self.policy.zero_grad()
             if self.on_cpu:
                 step = self.moments["training step"]
                 step["freed, still held"] = HOLES * sum(step.get(label, 0) for label in PASSING)
-            with self._moment("sampling for evaluation"), torch.no_grad(), self.autocast():
-                self._sample()
+            evaluation = "scoring held-out pairs" if self.reward else "sampling for evaluation"
+            with self._moment(evaluation), torch.no_grad(), self.autocast():
+                self._score_pairs() if self.reward else self._sample()
 
-    def _micro_batch(self, batch: dict, counted: int) -> None:
+    def _micro_batch(self, batch: dict, scores: int) -> None:
         """AlignmentTrainer.compute_loss, and the backward pass after it."""
         self.ledger.label = "activations"
         with self.autocast():
-            loss = self._logps(self.policy, batch, counted).sum()
+            loss = self._scores(self.policy, batch, scores).sum()
         self.ledger.label = "temporary"
         with self.autocast(), torch.no_grad():
             if self.reference is not None:
-                self._logps(self.reference, batch, counted)
+                self._scores(self.reference, batch, scores)
             elif self.recipe.method not in WITHOUT_REFERENCE:
                 with switched(self.policy, REFERENCE):
-                    self._logps(self.policy, batch, counted)
+                    self._scores(self.policy, batch, scores)
         loss.backward()
 
-    def _logps(self, model: nn.Module, batch: dict, counted: int) -> torch.Tensor:
-        """logprobs.completion_logps, but for the choice of places by a mask, which depends on numbers."""
+    def _scores(self, model: nn.Module, batch: dict, scores: int) -> torch.Tensor:
+        """Log-probs of tokens, or rewards, at whatever places: choosing them by a mask takes numbers."""
         names = ("input_ids", "position_ids", "attention_mask")
         inputs = {name: batch[name] for name in names if name in batch}
         if "group" in batch:
             groups = batch["group"], batch["branch"], batch.get("spans")
             inputs["attention_mask"] = logprobs.shared_prompt_mask(model, *groups)
-        return logprobs._token_logps(model, inputs, *torch.zeros(2, counted, dtype=torch.long))
+        places, tokens = torch.zeros(2, scores, dtype=torch.long)
+        if self.reward:
+            return read_at(model, inputs, places)
+        return logprobs._token_logps(model, inputs, places, tokens)
+
+    def _score_pairs(self) -> None:
+        """reward.sequence_rewards of held-out pairs, as long as the recipe allows."""
+        length = self.recipe.max_prompt_tokens + self.recipe.max_completion_tokens
+        tokens = torch.ones(min(SCORED_AT_ONCE, 2 * self.recipe.eval_prompts), length, dtype=torch.long)
+        self.policy.eval()
+        self._scores(self.policy, {"input_ids": tokens, "attention_mask": tokens}, len(tokens))
 
     def _sample(self) -> None:
         """generate.sample of the longest answers to the longest prompts, at the first and the last token."""
-        recipe, ledger = self.recipe, self.ledger
+        recipe, model = self.recipe, self.policy
         if recipe.tuning == "full":  # evaluate.initial_policy loads it; when the run ends it samples, too
-            ledger.add({"initial policy": sum(p.nbytes for p in self.policy.parameters())})
-        model = self.policy if recipe.tuning == "full" else self.policy.get_base_model()
+            self.ledger.add({"initial policy": sum(p.nbytes for p in model.parameters())})
+        else:
+            model = model.get_base_model()
         model.eval()
-        prompt, answer = recipe.max_prompt_tokens, recipe.max_completion_tokens
-        tokens = torch.ones(min(SAMPLED_AT_ONCE, recipe.eval_prompts), prompt + answer, dtype=torch.long)
+        prompt, length = recipe.max_prompt_tokens, recipe.max_prompt_tokens + recipe.max_completion_tokens
+        tokens = torch.ones(min(SAMPLED_AT_ONCE, recipe.eval_prompts), length, dtype=torch.long)
         first = {"attention_mask": tokens[:, :prompt], "use_cache": True, "logits_to_keep": 1}
         cache = model(tokens[:, :prompt], **first).get("past_key_values")
-        if not isinstance(cache, DynamicCache):  # a state that does not grow
-            return
-        known = {index: (layer.keys.shape, layer.values.shape, layer.keys.dtype)
-                 for index, layer in enumerate(cache.layers) if layer.is_initialized}
-        cache, ledger.label = DynamicCache(config=model.config), "keys and values"
-        for index, (*shapes, dtype) in known.items():
-            shapes = [(*shape[:-2], prompt + answer - 1, shape[-1]) for shape in shapes]
-            cache.update(*(torch.empty(shape, dtype=dtype) for shape in shapes), index)
-        ledger.label = "temporary"
-        last = model(tokens[:, -1:], attention_mask=tokens, past_key_values=cache, use_cache=True).logits
-        torch.multinomial(last[:, -1].float().softmax(-1), 1)
+        layers = getattr(cache, "layers", [])  # a recurrent state has none, and does not grow
+        for index, (keys, values) in enumerate([(layer.keys, layer.values) for layer in layers]):
+            grown = [x.new_empty(*x.shape[:2], length - prompt - 1, x.shape[-1]) for x in (keys, values)]
+            cache.update(*grown, index)
+        if layers:
+            last = model(tokens[:, -1:], attention_mask=tokens, past_key_values=cache, use_cache=True).logits
+            torch.multinomial(last[:, -1].float().softmax(-1), 1)
 
-    def largest_batch(self, rows: list[dict] | None = None) -> tuple[dict[str, torch.Tensor], int]:
-        """The largest micro-batch of these rows, or of any, and the length of the longest sequence."""
+    def largest_batch(self, rows: list[dict] | None = None) -> dict[str, torch.Tensor]:
+        """The largest micro-batch of these rows, or of any; notes the length of the longest sequence."""
         recipe = self.recipe
         if rows is None:
             answers = {"sft": ["completion_ids"], "kto": ["completion_ids", "mismatched_ids"]}
@@ -176,29 +187,27 @@ class Rehearsal:
             stream = StepStream(rows, recipe, recipe.plan(len(rows)).steps)
             rows = [stream[i] for i in range(len(stream))]
         groups = [group_of(row) for row in rows]
-        longest = max(map(group_length, groups))
-        windows = [size for name in WINDOWS if (size := getattr(self.config, name, None))]
-        whole = (recipe.method == "kto" and self.micro < recipe.batch_size  # AlignmentTrainer.one_pass
-                 or _depends_on_the_row(self.policy, self.config) or longest > min(windows, default=longest))
-        options = {"hidden_size": self.config.hidden_size, "limit": 0 if whole else max(PACKED, longest)}
-        if self.on_cpu and by_group(self.policy):
-            options = {"hidden_size": 0, "limit": options["limit"] and max(PACKED_BY_GROUP, longest)}
+        self.longest = max(len(prompt) + max(map(len, answers)) for prompt, answers in groups)
+        try:
+            limit = longest_row(self.policy, groups, PACKED_BY_GROUP if self.by_group else PACKED)
+        except NotExact:
+            limit = 0
+        options = {"hidden_size": 0 if self.by_group else self.config.hidden_size, "limit": limit,
+                   "one_pass": self.micro == recipe.batch_size}
         batches = [collate_rows(rows[i : i + self.micro], recipe.method, 0, **options)["sequences"]
                    for i in range(0, len(rows), self.micro)]
-        longest = max(len(prompt) + max(map(len, answers)) for prompt, answers in groups)
-        return max(batches, key=lambda batch: batch["input_ids"].numel()), longest
+        return max(batches, key=lambda batch: batch["input_ids"].numel())
 
     def _enter_weights(self, saved_dtype: torch.dtype | None) -> None:
         """What is there all the time; gradients and logits get their labels when they come."""
         ledger, head = self.ledger, self.policy.get_output_embeddings()
         coded = {module.weight for name, module in self.policy.named_modules()
                  if self.recipe.tuning == "qlora" and isinstance(module, (nn.Linear, Conv1D))
-                 and module is not head and ".lora_" not in name}  # bitsandbytes leaves the head as it is
+                 and module is not head and ".lora_" not in name and ".score" not in name}  # heads stay whole
         if coded:  # one layer at a time is decoded
             ledger.add({"temporary": max(weight.nbytes for weight in coded)})
-        if self.on_cpu:
-            in_place = saved_dtype == head.weight.dtype  # then the rest stays in the file, mapped as a whole
-            mapped = in_place * sum(weight.nbytes for weight in coded)
+        if self.on_cpu:  # saved as it is used, the rest stays in the file, mapped as a whole
+            mapped = sum(weight.nbytes for weight in coded if weight.dtype == saved_dtype)
             ledger.add({"framework": FRAMEWORK, "file, mapped": mapped})
         for name, tensor in [*self.policy.named_parameters(), *self.policy.named_buffers()]:
             beside = f".{REFERENCE}." in name or f".{INITIAL}." in name
@@ -215,7 +224,8 @@ class Rehearsal:
         def at_the_head(module, args):
             ledger.label = "logits" if ledger.label == "activations" else ledger.label
 
-        head.register_forward_pre_hook(at_the_head)
+        if head is not None:
+            head.register_forward_pre_hook(at_the_head)
 
     def _fake(self, model: nn.Module) -> None:
         """Move a model from `meta` to a CPU without numbers, which `Module.to` refuses to do."""
@@ -244,7 +254,7 @@ class Rehearsal:
 def _policy(recipe: Recipe) -> tuple[nn.Module, torch.dtype | None]:
     """models.load_policy on the `meta` device, with the adapters that will stand beside the policy's; and the
     dtype in which the model was saved."""
-    full, lora, base = recipe.tuning == "full", None, recipe.model
+    full, reward, lora, base = recipe.tuning == "full", recipe.method == "reward", None, recipe.model
     with loading(base):
         if is_adapter(base):
             lora = PeftConfig.from_pretrained(model_path(base))
@@ -257,9 +267,12 @@ def _policy(recipe: Recipe) -> tuple[nn.Module, torch.dtype | None]:
     text = config.get_text_config()
     for name in [name for name, value in vars(text).items() if "drop" in name and isinstance(value, float)]:
         setattr(text, name, 0.0)  # as models.load_base: masks of dropout would be kept
+    config.num_labels = 1
+    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     with torch.device("meta"):
-        dtype = torch.float32 if full else compute_dtype(recipe)
-        policy = model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        policy = model = auto.from_config(config, dtype=torch.float32 if full else compute_dtype(recipe))
+        if reward:
+            model.score.float()
         if not full:
             policy = _adapted(model.requires_grad_(False), lora, recipe)
         if recipe.gradient_checkpointing:
@@ -270,12 +283,13 @@ def _policy(recipe: Recipe) -> tuple[nn.Module, torch.dtype | None]:
 def _adapted(model: nn.Module, lora: PeftConfig | None, recipe: Recipe) -> nn.Module:
     """The policy's adapter on the model, `lora` if there is one to go on from, and what stands beside it."""
     beside = {REFERENCE: recipe.reference_rank} if recipe.method not in WITHOUT_REFERENCE else {}
-    if lora:  # runs.load_reference: its rank decides the reference's, unless the recipe does
-        derived = beside and recipe.reference_rank == 4 * recipe.lora_rank
+    if lora and recipe.method != "reward":
+        derived = beside and recipe.reference_rank == 4 * recipe.lora_rank  # then its own rank decides
         beside |= {INITIAL: lora.r} | ({REFERENCE: 4 * lora.r} if derived else {})
-    else:
-        lora = LoraConfig(r=recipe.lora_rank, lora_dropout=recipe.lora_dropout, target_modules="all-linear",
-                          task_type="CAUSAL_LM")
+    fresh = {"r": recipe.lora_rank, "lora_dropout": recipe.lora_dropout, "target_modules": "all-linear"}
+    lora = lora or LoraConfig(**fresh)
+    reward = recipe.method == "reward"
+    lora.task_type, lora.modules_to_save = HEAD.values() if reward else ("CAUSAL_LM", None)
     policy = get_peft_model(model, lora)
     for name, rank in beside.items():
         policy.add_adapter(name, LoraConfig(r=rank, target_modules=lora.target_modules, inference_mode=True))

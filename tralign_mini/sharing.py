@@ -37,21 +37,25 @@ def row_limit(model: nn.Module, groups: Sequence[Group], pad_token_id: int, scor
     in the mode, precision and attention that `model` has now, with LoRA's dropout off for the comparison.
     scores: what is compared: its name, the function of model and batch, and the same the plain way.
     """
-    config = model.config.get_text_config()
     longest = max(groups, key=group_length)
-    limit = max(PACKED_BY_GROUP if by_group(model) else PACKED, group_length(longest))
-    if reason := _depends_on_the_row(model, config):
-        raise NotExact(reason)
-    windows = [size for name in WINDOWS if isinstance(size := getattr(config, name, None), int) and size > 0]
-    if windows and min(windows) < group_length(longest):
-        raise NotExact(f"the attention window of {min(windows)} tokens is shorter than the longest row, "
-                       f"{group_length(longest)} tokens")
-    limit = min([limit, *windows])
+    limit = longest_row(model, groups, PACKED_BY_GROUP if by_group(model) else PACKED)
     difference, tolerance = _check(model, longest, groups, pad_token_id, limit, *scores[1:])
     if not difference <= tolerance:
         raise NotExact(f"on the longest row, {group_length(longest)} tokens, {scores[0]} differ by "
                        f"{difference:.2g} (more than rounding, {tolerance:.2g})")
     return limit
+
+
+def longest_row(model: nn.Module, groups: Sequence[Group], limit: int) -> int:
+    """The longest row that the config allows: `limit`, more for a longer group, less for a window."""
+    config, longest = model.config.get_text_config(), max(map(group_length, groups))
+    if reason := _depends_on_the_row(model, config):
+        raise NotExact(reason)
+    windows = [size for name in WINDOWS if isinstance(size := getattr(config, name, None), int) and size > 0]
+    if windows and min(windows) < longest:
+        raise NotExact(f"the attention window of {min(windows)} tokens is shorter than the longest row, "
+                       f"{longest} tokens")
+    return min([max(limit, longest), *windows])
 
 
 def _depends_on_the_row(model: nn.Module, config) -> str:
