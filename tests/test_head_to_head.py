@@ -51,6 +51,15 @@ def change(run, rewrite):
     return run
 
 
+def test_samples_without_their_texts_do_not_count(two):
+    """As of the shipped grid's runs, which keep the texts of some prompts only."""
+    for run in two:
+        change(run, lambda i, row: row if i < 6 else {"gold_policy": 1.0, "gold_initial": 1.0})
+    assert len(head_to_head(*two, judge=Script(["a"] * 6)).verdicts) == 6
+    with pytest.raises(ValueError, match="no samples.jsonl with prompts and answers"):
+        head_to_head(two[0], change(two[1], lambda i, row: {"gold_policy": 1.0}), judge=Script(["a"] * 6))
+
+
 def test_rates_by_hand(two):
     result = head_to_head(*two, judge=Script(["a", "a", "a", "b", "tie", "tie", "a", "b"]))
     assert result.names == ("dpo", "soft") and result.win_rate.value == pytest.approx((4 + 1) / 8)

@@ -6,10 +6,9 @@ region is this one; null for a reference that does not move. Before the first ch
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
+from .json_lines import append_row, read_rows, write_rows
 from .trust_region import TrustRegion
 
 FILE = "changes.jsonl"
@@ -17,15 +16,12 @@ FILE = "changes.jsonl"
 
 def write_change(directory: Path, step: int, region: TrustRegion) -> None:
     """Append a change; it holds from optimizer step `step` on."""
-    with open(Path(directory) / FILE, "a") as file:
-        file.write(json.dumps({"step": step, "alpha": region.alpha, "tau": region.tau}) + "\n")
+    append_row(Path(directory) / FILE, {"step": step, "alpha": region.alpha, "tau": region.tau})
 
 
 def read_changes(directory: Path) -> list[tuple[int, TrustRegion]]:
     """(step, trust region) of each change, in order; a last line that a kill cut off does not count."""
-    path = Path(directory) / FILE
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = read_rows(Path(directory) / FILE)
     return [(row["step"], TrustRegion(row["alpha"], row["tau"])) for row in rows]
 
 
@@ -36,10 +32,6 @@ def region_at(changes: list[tuple[int, TrustRegion]], step: int, start: TrustReg
 
 def rewind_changes(directory: Path, step: int) -> None:
     """Drop what was changed after `step`: a resumed run goes on from there."""
-    kept = [change for change in read_changes(directory) if change[0] <= step]
     path = Path(directory) / FILE
     if path.exists():
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text("".join(
-            json.dumps({"step": at, "alpha": region.alpha, "tau": region.tau}) + "\n" for at, region in kept))
-        os.replace(scratch, path)
+        write_rows(path, [row for row in read_rows(path) if row["step"] <= step])

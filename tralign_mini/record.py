@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -125,12 +125,13 @@ def read(run) -> Record:
 
 
 def read_sampled(run) -> Record:
-    """The same of a run that has samples with their texts; ValueError says how to get them."""
+    """The same of a run, with those samples alone that have texts; ValueError says how to get some."""
     record = read(run)
-    if not record.samples or not {"prompt", "initial", "policy"} <= set(record.samples[0]):
+    sampled = [row for row in record.samples or () if {"prompt", "initial", "policy"} <= row.keys()]
+    if not sampled:
         raise ValueError(f"{record.directory} has no samples.jsonl with prompts and answers. If the run "
                          f"still has a checkpoint: tralign evaluate {record.directory}")
-    return record
+    return replace(record, samples=sampled)
 
 
 def prompt_text(prompt: str | list[dict]) -> str:

@@ -128,7 +128,7 @@ class Playground(Panel):
         texts = [textwrap.wrap(answer["text"] or "(nothing)", width, max_lines=MOST_LINES, placeholder=" …")
                  for answer in answers.values()]
         asked = textwrap.wrap(" ".join(self.prompt.value.split()), int(0.97 * WIDTH / LETTER), max_lines=2)
-        figure = new_figure(WIDTH, LINE * (len(asked) + max(map(len, texts))) + 0.28 * len(self.runs) + 1)
+        figure = new_figure(WIDTH, LINE * (len(asked) + max(map(len, texts))) + 0.28 * len(self.runs) + 1.3)
         figure.suptitle("\n".join(asked), x=0.012, ha="left", color=PALE, **MONO)
         colors = {name: COLORS[run.recipe.reference] for name, run in self.runs.items()}
         axes = figure.subplots(1, len(answers), sharex=True, sharey=True, squeeze=False)[0]
@@ -146,4 +146,6 @@ class Playground(Panel):
             ax.spines[:].set_visible(False)
             ax.margins(x=0.3)
         axes[0].invert_yaxis()  # of all
+        look = {"x": 0.99, "ha": "right", "fontsize": 10.5, "color": PALE}
+        figure.supxlabel("bars: log-ratio to SFT (nats), under each run's policy", **look)
         return figure

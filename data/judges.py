@@ -1,0 +1,152 @@
+"""Makes data/judges, which notebook 09 reads: what reward models and a small language model say of data/grid.
+
+    python data/judges.py reward             trains reward models, and scores with them
+    python data/judges.py llm FOLDER         serves the chat model in FOLDER, and asks it who wins
+
+Both go on where they were stopped. Nothing is written but numbers and verdicts: the texts are in data/grid.
+"""
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+REWARD_MODELS = (("little-tldr", 0), ("little-hh", 0))  # world, seed
+ASKED = {  # run of data/grid, policy against initial: a good one, an overoptimized one, a ruined one
+    "one-epoch-dpo-hard-beta1-seed1", "overoptimize-dpo-soft-beta0.05-seed2",
+    "overoptimize-kto-soft-beta0.05-seed3"}
+PROMPTS = 12  # of each
+SETTINGS = {"temperature": 0, "max_completion_tokens": 60}
+REASON = "It says what happened."  # the same in both examples: it gives no winner away
+EXAMPLES = [  # post, answer A, answer B, winner
+    ("My aunt sold my car. I dreamed of a dog. Today I quit my job.", "I like coffee; my uncle broke a cup.",
+     "my aunt sold my car; I quit my job.", "B"),
+    ("Thanks for reading. It turns out my son lost the keys. Today I moved out.",
+     "my son lost the keys; I moved out.", "my son lost the keys; like, like; it is complicated.", "A"),
+]
+FOLDER, WORK = REPOSITORY / "data" / "judges", REPOSITORY / "runs" / "judges"
+
+
+def samples(run: str) -> list[dict]:
+    """The rows of a run that have texts."""
+    lines = (REPOSITORY / "data" / "grid" / run / "samples.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "policy" in row]
+
+
+def reward() -> None:
+    """held-out.jsonl: a line a reward model, the test pairs; grid.jsonl: a line a run and reward model."""
+    import tralign_mini as tr
+
+    held_out, grid = [], []
+    for world, seed in REWARD_MODELS:
+        run = tr.train(f"{world}-reward", seed=seed, eval_steps=625, output=str(WORK / f"{world}-{seed}"),
+                       resume=True)
+        model = tr.RewardModel.load(run)
+        with gzip.open(REPOSITORY / "data" / world / "test.jsonl.gz", "rt") as file:
+            pairs = [json.loads(line) for line in file]
+        held_out.append({"world": world, "seed": seed}
+                        | {side: score(model, pairs, side) for side in ("chosen", "rejected")})
+        for folder in sorted((REPOSITORY / "data" / "grid").glob("*-seed*")) * (world == "little-tldr"):
+            rows = samples(folder.name)
+            sides = {side: score(model, rows, side) for side in ("initial", "policy")}
+            grid.append({"run": folder.name, "seed": seed} | sides)
+    write("held-out.jsonl", held_out)
+    write("grid.jsonl", grid)
+
+
+def score(model, rows: list[dict], side: str) -> list[float]:
+    return [round(x, 3) for x in model.score([row["prompt"] for row in rows], [row[side] for row in rows])]
+
+
+def llm(model: str) -> None:
+    """verdicts.jsonl: a line a pair: who won with the policy first, and with it second."""
+    from tralign_mini.llm_judge import LLMJudge
+
+    rows = []
+    with served() as endpoint:
+        def judge(name, model):
+            return LLMJudge(model, endpoint=endpoint, cache=WORK / f"{name.replace(' ', '-')}.jsonl",
+                            settings=SETTINGS, parallel=1)
+        plain = judge("no examples", model)
+        try:
+            plain(*sides(min(ASKED)))
+        except ValueError as error:
+            print(error)
+        rows.append({"setting": "no examples", "asked": plain.asked, "failures": dict(plain.failures)})
+        shown = with_examples(Path(model), WORK / "with-examples")
+        for run in sorted(ASKED):
+            asked = judge("two examples", shown)
+            for row, verdict in enumerate(asked(*sides(run))):
+                rows.append({"setting": "two examples", "run": run, "row": row, "winner": verdict.winner,
+                             "orders": verdict.orders, "why": verdict.why})
+            print(asked.report(), flush=True)
+            write("verdicts.jsonl", rows)
+
+
+def sides(run: str) -> list[list[str]]:
+    """Prompts, and the answers of the policy and of the initial policy."""
+    return [[row[key] for row in samples(run)[:PROMPTS]] for key in ("prompt", "policy", "initial")]
+
+
+@contextmanager
+def served():
+    """`transformers serve` on a free port of this machine, on one thread; its base URL once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("transformers"), "serve", "--device", "cpu",
+               "--dtype", "bfloat16", "--host", "127.0.0.1", "--port", str(port)]
+    with (WORK / "server.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    try:
+        while process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def with_examples(model: Path, folder: Path) -> str:
+    """A copy of a model whose chat template shows two worked examples first: without, it wrote no JSON."""
+    from transformers import AutoTokenizer
+
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(model.resolve(), folder, copy_function=os.symlink)
+    messages = []
+    for post, a, b, winner in EXAMPLES:
+        tags = (("post", f"POST: {post}"), ("answer_a", a), ("answer_b", b))
+        asked = "\n\n".join(f"<{tag}>\n{text}\n</{tag}>" for tag, text in tags)
+        messages += [{"role": "user", "content": f"{asked}\n\nWhich one is better?"},
+                     {"role": "assistant", "content": json.dumps({"reason": REASON, "winner": winner})}]
+    messages.append({"role": "user", "content": "{{ messages[-1].content }}"})
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    template = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)  # a link: the model's own file stays
+    (folder / "chat_template.jinja").write_text(template + "\n")  # Jinja drops one newline at the end
+    return str(folder)
+
+
+def write(name: str, rows: list[dict]) -> None:
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    WORK.mkdir(parents=True, exist_ok=True)
+    {"reward": reward, "llm": llm}[sys.argv[1]](*sys.argv[2:])
