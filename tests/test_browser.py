@@ -1,7 +1,7 @@
 """The course in a real browser: JupyterLab 4 and Notebook 7 in headless Chromium.
 
-JupyterLab opens the notebooks 02, 03 and 04 themselves, at their small scale, runs all cells, and the panels
-in them are used; Notebook 7 opens the same panels alone. TRALIGN_SCREENSHOTS: a folder for screenshots and
+JupyterLab opens the course's notebooks with panels, at their small scale, runs all cells, and the panels in
+them are used; Notebook 7 opens panels alone. TRALIGN_SCREENSHOTS: a folder for screenshots and
 latency.json (default: a temporary one). In JupyterLab the sliders are moved by keyboard; Notebook 7 keeps the
 arrow keys for itself, so there the mouse clicks on them.
 """
@@ -40,10 +40,12 @@ ALPHA, TAU = "α: weight of the policy", "τ: steps between updates"
 PAGES = {"lab": ("jupyterlab", "/lab/tree/"), "notebook": ("notebook", "/notebooks/")}
 MOVES = 10  # of a slider, to measure a latency
 SETUP = "import tralign_mini as tr"
-COURSE = {  # notebook: panels whose sliders are moved
-    "02_the_moving_reference": ("loss_explorer", "reference_explorer"),
-    "03_toy_overoptimization": ("toy_explorer",),
+COURSE = {  # notebook: its panels, and their sliders that are moved
+    "02_the_moving_reference": {"loss_explorer": (ALPHA,), "reference_explorer": (ALPHA, TAU)},
+    "03_toy_overoptimization": {"toy_explorer": (ALPHA, TAU)},
+    "08_mixed_preference_optimization": {"split_explorer": ("easy: share of the pairs",)},
 }
+ALONE = {"loss_explorer": "()", "reference_explorer": "()", "toy_explorer": "('bandit-helps')"}
 
 # In the page: when was something done, and when was the picture that came after it on the screen?
 WATCH = """image => {
@@ -255,9 +257,9 @@ def note(screenshots: Path, name: str, times: list[float]) -> None:
 
 @pytest.mark.parametrize("kind, notebook", [*(("lab", name) for name in COURSE), ("notebook", "explorers")])
 def test_sliders_move_the_pictures(opened, server, screenshots, kind, notebook):
-    panels = COURSE.get(notebook) or [panel for panels in COURSE.values() for panel in panels]
-    alone = [SETUP, *(f"tr.widgets.{panel}()" for panel in panels)]
-    alone[-1] = alone[-1].replace("()", "('bandit-helps')")
+    sliders = {panel: moved for panels in COURSE.values() for panel, moved in panels.items()}
+    panels = COURSE.get(notebook) or ALONE
+    alone = [SETUP, *(f"tr.widgets.{panel}{arguments}" for panel, arguments in ALONE.items())]
     page, cells = opened(kind, notebook, None if notebook in COURSE else alone)
     all_have_run(page, cells)
     for name in panels:
@@ -266,12 +268,13 @@ def test_sliders_move_the_pictures(opened, server, screenshots, kind, notebook):
         if name == "toy_explorer":  # it looks up what is trained: wait for the whole map
             output.locator(".progress-bar[style*='width: 100%']").wait_for(timeout=240_000)
         first = shown(output)
-        times = move(output, ALPHA, MOVES + 1, mouse=kind == "notebook")[1:]  # the first draws everything
+        first_one, *others = sliders[name]
+        times = move(output, first_one, MOVES + 1, mouse=kind == "notebook")[1:]  # the first draws everything
         assert shown(output) != first
         page.screenshot(path=screenshots / f"{kind}-{name}.png")
-        if name != "loss_explorer":
+        for other in others:
             before = shown(output)
-            times += move(output, TAU, 3, mouse=kind == "notebook")
+            times += move(output, other, 3, mouse=kind == "notebook")
             assert shown(output) != before
         note(screenshots, f"{kind} {name}", times)
         assert statistics.median(times) < 400  # 50 to 125 on two cores; other tests may run beside this one

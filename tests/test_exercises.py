@@ -246,6 +246,16 @@ def clipped_by_where(logps, old, advantages, clip):
     return -torch.where(stopped, (1 + clip * advantages.sign()) * advantages, ratio * advantages)
 
 
+# A judge, asked twice.
+
+def orders_by_where(first, second):
+    return torch.where(first + second == 1, first, 0.5)
+
+
+def orders_in_a_loop(first, second):
+    return torch.tensor([x if x == 1 - y else 0.5 for x, y in zip(first.tolist(), second.tolist())])
+
+
 RIGHT = {
     "implicit_reward": [reward, reward_keyword_only, reward_in_a_loop],
     "dpo_loss": [dpo_by_margin, dpo_by_softplus, dpo_by_logaddexp, tr.dpo_loss],
@@ -260,6 +270,7 @@ RIGHT = {
     "kl_estimate": [kl_mean, kl_number, kl_loop],
     "advantages": [advantages_backwards, advantages_by_sum],
     "clipped_loss": [clipped_by_minimum, clipped_by_where],
+    "both_orders": [orders_by_where, orders_in_a_loop],
 }
 
 
@@ -456,6 +467,13 @@ WRONG += [
     ("clipped_loss", "clip is taken for 0.2", lambda *x, clip: clipped_by_where(*x, 0.2)),
     ("clipped_loss", "the ratio is a difference of logs", lambda new, o, a, clip: torch.maximum(
         (o - new) * a, -(new - o).clamp(1 - clip, 1 + clip) * a)),
+
+    ("both_orders", "the second verdict is not mirrored",
+     lambda first, second: torch.where(first == second, first, 0.5)),
+    ("both_orders", "the two are averaged", lambda first, second: torch.stack([first, 1 - second]).mean(0)),
+    ("both_orders", "only the first order counts", lambda first, second: first.clone()),
+    ("both_orders", "a contradiction is a loss",
+     lambda first, second: torch.where(first + second == 1, first, 0.0)),
 ]
 
 

@@ -399,3 +399,25 @@ def check_clipped_loss(function) -> bool:
         ("the ratio is a difference of logs. Take exp.",
          lambda new, o, a, clip: -torch.minimum((new - o) * a, (new - o).clamp(1 - clip, 1 + clip) * a)),
     ], "Clipped only where going further would pay.", "try ratios around the clip, both signs.")
+
+
+def check_both_orders(function) -> bool:
+    """`both_orders(first, second)` -> what a gets for each pair, (n,): 1, 0.5 or 0.
+
+    Verdicts of a judge asked twice: 1.0, the answer in the first place won; 0.0, the second; 0.5, a tie. In
+    `first` the first place is a's, in `second` it is b's.
+    """
+    def right(first, second):
+        return torch.where(first == 1 - second, first, torch.full_like(first, 0.5))
+    said = torch.tensor([1.0, 0.5, 0.0])
+    case = [said.repeat_interleave(3), said.repeat(3)], {}
+    return _grade("both_orders", function, [right], [case], [
+        ("the second verdict is not mirrored. Who stood in the first place there?",
+         lambda first, second: right(first, 1 - second)),
+        ("the two are averaged. A judge that says \"a\" and then \"a tie\" has contradicted itself.",
+         lambda first, second: (first + 1 - second) / 2),
+        ("only the first order counts. What would a judge get that always names the first place?",
+         lambda first, second: first),
+        ("a contradiction is a loss. Whose loss would it be with a and b exchanged?",
+         lambda first, second: right(first, second) * (first == 1 - second)),
+    ], "Who wins has to win in both places.", "write down all nine cases.")
