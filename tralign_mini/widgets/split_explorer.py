@@ -38,7 +38,7 @@ class SplitExplorer(Panel):
 
     def __init__(self, gaps: Sequence[float], gold: Sequence[float]):
         self._pairs = np.asarray(gaps, dtype=float), np.asarray(gold, dtype=float)
-        self.easy = number("easy: share of the pairs", 0.5, 0.05, 0.95, 0.05, ".0%")
+        self.easy = number("easy: share of the pairs", 0.5, 0.05, 0.95, 0.01, ".0%")
         self.sign = choice({f"wrong sign: {what}": what for what in WRONG_SIGN}, "keep")
         figure = new_figure(WIDTH, 4.2)
         self.axes = figure.subplots(1, 2, width_ratios=(1.6, 1))
