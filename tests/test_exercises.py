@@ -574,7 +574,7 @@ def test_an_exercise_that_is_still_open_is_not_solved(name, capsys):
 def test_planted_mistakes_differ_from_each_other_and_from_the_truth(name, capsys, monkeypatch):
     """Else a right function could be refused, or a mistake get the name of another."""
     tables = []
-    monkeypatch.setattr(exercises, "_grade", lambda *table, **more: tables.append((table, more)))
+    monkeypatch.setattr(exercises, "grade", lambda *table, **more: tables.append((table, more)))
     getattr(exercises, f"check_{name}")(None)
     monkeypatch.undo()
     (_, _, rights, _, mistakes, *_), _ = tables[0]

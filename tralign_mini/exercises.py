@@ -15,102 +15,11 @@ import torch
 from torch import nn
 
 from . import losses
+from .grading import NotYet, grade
 from .trust_region import update_reference
 
 BETA = "beta is forgotten. Try two values of beta: what should change?"
 ALPHA = "alpha and 1 - alpha are swapped. alpha is the weight of the policy: what should alpha = 1 do?"
-
-
-class _NotYet(Exception):
-    """What the learner is told."""
-
-
-@torch.enable_grad()
-def _grade(name, learner, rights, cases, mistakes, verified, advice, run=None) -> bool:
-    """Compare the learner's function with each of the right ones, then with the mistakes.
-
-    cases: (arguments, keywords); mistakes: (text, function); advice: if it is none of them.
-    run(function, *arguments, **keywords), if given, makes one tensor of what a function does.
-    """
-    def answers(function):
-        return [_answer(run, function, case) for case in cases]
-
-    def difference(mine, truth):
-        for (a, _), (b, _) in zip(mine, truth):
-            if (apart := ~_close(a, b)).any():
-                return [[round(x, 4) for x in numbers[apart][:4].tolist()] for numbers in (a, b)]
-
-    try:
-        truths = [answers(right) for right in rights]
-        mine = [_answer(run, _guarded(learner), case, a.shape) for case, (a, _) in zip(cases, truths[0])]
-        truth = next((truth for truth in truths if not difference(mine, truth)), None)
-        if truth is None:
-            numbers, wanted = difference(mine, truths[0])
-            named = (text for text, wrong in mistakes if not difference(mine, answers(wrong)))
-            cause = next((f"Exactly that comes out if {text}" for text in named), f"Test it: {advice}")
-            raise _NotYet(f"It gives {numbers} where {wanted} is right. {cause}")
-        for answer, right in zip(mine, truth):
-            _check_gradient(*answer, *right)
-    except _NotYet as message:
-        print(f"{name}: not yet. {message}".rstrip())
-        return False
-    print(f"{name}: right! {verified}")
-    return True
-
-
-def _guarded(function):
-    """The learner's function, with a message for whatever it raises."""
-    def call(*args, **keywords):
-        try:
-            return function(*args, **keywords)
-        except Exception as error:
-            hint = ("Is the update under torch.no_grad()?" if "leaf Variable" in str(error) else
-                    "" if error.__traceback__.tb_next else "Pass a function of the docstring's signature.")
-            raise _NotYet(f"It raises {type(error).__name__}: {str(error).rstrip('.')}. {hint}") from None
-    return call
-
-
-def _answer(run, function, case, shape=None):
-    """What the function gives on a copy of the case, as a finite tensor, and the inputs with a gradient."""
-    args, keywords = copy.deepcopy(case)
-    answer = run(function, *args, **keywords) if run else function(*args, **keywords)
-    if isinstance(answer, losses.PreferenceLoss):
-        answer = answer.losses
-    elif isinstance(answer, (int, float)) and not shape:  # where one number is asked for, it may be Python's
-        answer = torch.tensor(float(answer))
-    is_tensor = isinstance(answer, torch.Tensor)
-    if not is_tensor or not answer.is_floating_point() or shape not in (None, answer.shape):
-        got = f"{answer.dtype}, shape {tuple(answer.shape)}" if is_tensor else type(answer).__name__
-        asked = f"a floating-point tensor of shape {tuple(shape)}" if shape else "one number"
-        hint = ("Is it still to be written, or is `return` missing?" if answer is None else
-                "Numbers carry no gradient: leave out .item()." if isinstance(answer, (float, list)) else
-                "Leave out .mean() over the batch." if shape and is_tensor and not answer.ndim else "")
-        raise _NotYet(f"It returns {got}, where {asked} is asked for. {hint}")
-    if not answer.isfinite().all():
-        raise _NotYet("It returns NaN or infinity, maybe for large inputs only: log of a tiny number, exp of "
-                      "a large one. torch has logsigmoid, log_softmax and logsumexp instead.")
-    return answer, [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
-
-
-def _check_gradient(answer, inputs, wanted, wanted_inputs):
-    if answer.requires_grad and not wanted.requires_grad:
-        raise _NotYet("The number is right, but it carries a gradient: training would push on it, too. It "
-                      "has to be a constant of the step: torch.no_grad() or .detach().")
-    if wanted.requires_grad and not answer.requires_grad:
-        raise _NotYet("The numbers are right, but carry no gradient, so nothing would be learnt: .detach(), "
-                      ".item(), torch.tensor(...) and torch.no_grad() all cut it.")
-    if wanted.requires_grad:
-        try:
-            gradients = torch.autograd.grad(answer.sum(), inputs, allow_unused=True, materialize_grads=True)
-        except RuntimeError as error:
-            raise _NotYet(f"The numbers are right, but their gradient cannot be taken: {error}") from None
-        right = torch.autograd.grad(wanted.sum(), wanted_inputs)
-        if not all(_close(a, b).all() for a, b in zip(gradients, right)):
-            raise _NotYet("The numbers are right, but not their gradient: a part of the policy's is cut off.")
-
-
-def _close(a, b):
-    return torch.isclose(a.double(), b.double(), rtol=1e-4, atol=1e-5)
 
 
 def _random(*shape, seed=0):
@@ -143,7 +52,7 @@ def check_implicit_reward(function) -> bool:
     """`implicit_reward(policy_logps, reference_logps, *, beta)`: log-probs (batch,) -> rewards (batch,)."""
     def right(policy, reference, *, beta):
         return beta * (policy - reference)
-    return _grade("implicit_reward", function, [right], list(_logps(1)), _usual(right),
+    return grade("implicit_reward", function, [right], list(_logps(1)), _usual(right),
                   "Sign, beta and reference are in place.", "a policy equal to its reference earns 0.")
 
 
@@ -153,7 +62,7 @@ def check_dpo_loss(function) -> bool:
     """
     def right(*logps, beta):
         return losses.dpo_loss(*logps, beta=beta).losses
-    return _grade("dpo_loss", function, [right], list(_logps(2)), [
+    return grade("dpo_loss", function, [right], list(_logps(2)), [
         *_usual(right),
         ("the minus in front is forgotten. A loss is minimised.", lambda *x, beta: -right(*x, beta=beta)),
         ("beta stands outside the sigmoid.", lambda *x, beta: beta * right(*x, beta=1.0)),
@@ -164,7 +73,7 @@ def check_dpo_loss(function) -> bool:
 def check_ipo_loss(function) -> bool:
     """`ipo_loss(...)`: the arguments of `dpo_loss`, log-probs summed over tokens -> losses (batch,)."""
     right = losses.ipo_loss
-    return _grade("ipo_loss", function, [right], list(_logps(2)), [
+    return grade("ipo_loss", function, [right], list(_logps(2)), [
         *_usual(right),
         ("the target is 1 / beta: its 2 is forgotten.", lambda *x, beta: right(*x, beta=beta / 2)),
         ("the target is beta / 2. A small beta puts it far out.", lambda *x, beta: right(*x, beta=1 / beta)),
@@ -182,7 +91,7 @@ def check_kto_loss(function) -> bool:
     def given(change):
         return lambda *x, beta: right(*change(*x), beta=beta)
     cases = list(_logps(1, torch.tensor([True, False, False, True]), torch.tensor(0.75)))
-    return _grade("kto_loss", function, [right], cases, [
+    return grade("kto_loss", function, [right], cases, [
         ("the sign is flipped, or the value is taken for the loss.", given(lambda p, r, d, z: (p, r, ~d, z))),
         (BETA, lambda *x, beta: right(*x, beta=1.0)),
         ("the reference is not subtracted. z0 is a log-*ratio*.", given(lambda p, r, d, z: (p, 0 * r, d, z))),
@@ -201,7 +110,7 @@ def check_reference_point(function) -> bool:
         next_ones = [lambda x, k=k: rule(x.roll(k, 1).diagonal()) for k in (1, 2, 3)]
         return [*next_ones, lambda x: rule(x[~torch.eye(4, dtype=torch.bool)])]
     cases = [([(_random(4, 4) + shift + 4 * torch.eye(4)).requires_grad_()], {}) for shift in (0.5, -2)]
-    return _grade("reference_point", function, ways(lambda x: x.mean().clamp(min=0).detach()), cases, [
+    return grade("reference_point", function, ways(lambda x: x.mean().clamp(min=0).detach()), cases, [
         ("z0 comes from matched pairs, the diagonal. Rolling that changes nothing: its mean stays the same.",
          lambda x: x.diagonal().mean().clamp(min=0)),
         ("matched pairs are in the mean, too.", lambda x: x.mean().clamp(min=0)),
@@ -224,7 +133,7 @@ def check_completion_logps(function) -> bool:
             tokens = score(logits[:, : 7 - shift], -1).gather(-1, ids[:, shift:, None])[..., 0]
             return (tokens * counted[:, shift:]).sum(-1)
         return logps
-    return _grade("completion_logps", function, [version(counted)], cases, [
+    return grade("completion_logps", function, [version(counted)], cases, [
         ("prompt tokens are counted. Which mask knows where the completion begins?", version(ids > 0)),
         ("prompt tokens are counted, and padding.", version(ids > -1)),
         ("the mean is taken for the sum.", version(counted / counted.sum(-1, keepdim=True))),
@@ -241,19 +150,19 @@ def check_update_reference(function) -> bool:
         old, before = reference.weight, policy.weight.clone()
         returned = update(reference, policy, alpha)
         if reference.weight is not old or isinstance(returned, nn.Module) and returned is not reference:
-            raise _NotYet("The reference is replaced, not moved in place: who holds the old object sees no "
+            raise NotYet("The reference is replaced, not moved in place: who holds the old object sees no "
                           "update. lerp_, mul_, add_ and copy_ write into a tensor.")
         if old.requires_grad:
-            raise _NotYet("The gradient is tracked: all past policies stay in memory, as parts of the "
+            raise NotYet("The gradient is tracked: all past policies stay in memory, as parts of the "
                           "reference's graph. Is the update under torch.no_grad()?")
         if old.data_ptr() == policy.weight.data_ptr() or not torch.equal(policy.weight, before):
-            raise _NotYet("The policy is moved, or both share their memory now. Copy its numbers only.")
+            raise NotYet("The policy is moved, or both share their memory now. Copy its numbers only.")
         return old.clone()
 
     def moving(rule):
         return lambda r, p, alpha: r.weight.data.copy_(rule(r.weight, p.weight, alpha))
     cases = [([_model(1).requires_grad_(False), _model(2), alpha], {}) for alpha in (0.25, 0.6, 1.0)]
-    return _grade("update_reference", function, [update_reference], cases, [
+    return grade("update_reference", function, [update_reference], cases, [
         ("nothing moves. `p = ...` names a new tensor; the old one stays.", moving(lambda r, p, a: r)),
         (ALPHA, moving(lambda r, p, a: (1 - a) * p + a * r)),
         ("1 - alpha is forgotten: the old weights count in full.", moving(lambda r, p, a: r + a * p)),
@@ -270,7 +179,7 @@ def check_training(function) -> bool:
         reference, sgd = copy.deepcopy(policy), torch.optim.SGD(policy.parameters(), lr=10.0)
         training(policy, reference, sgd, lambda m: m.weight.log_softmax(1).unbind(1)[:2], **how)
         if reference.weight.grad is not None:
-            raise _NotYet("Gradient flows through the reference: a backward pass for nothing, and an "
+            raise NotYet("Gradient flows through the reference: a backward pass for nothing, and an "
                           "optimizer given it would train it. Is logps(reference) under torch.no_grad()?")
         return torch.cat([policy.weight, reference.weight]).detach()
 
@@ -290,7 +199,7 @@ def check_training(function) -> bool:
         return training
     right, early = "zero loss step move", ("zero loss move step", "move zero loss step")
     cases = [([_model(0)], {"steps": 8, "beta": 0.5, "alpha": a, "tau": t}) for a, t in ((0.25, 4), (0.6, 1))]
-    return _grade("training", function, [version(right)], cases, [
+    return grade("training", function, [version(right)], cases, [
         ("nothing moves. Is optimizer.step() there?", version("")),
         *(("the reference moves before the optimizer step, and lags.", version(order)) for order in early),
         *(("there is an update at step 0: count from 1.", version(order, 0)) for order in (right, *early)),
@@ -308,7 +217,7 @@ def check_average_adapters(function) -> bool:
         new = average(*factors, alpha=alpha)
         got = [tuple(getattr(x, "shape", ())) for x in new] if isinstance(new, tuple) else type(new).__name__
         if got not in [[(5, k), (k, 6)] for k in (1, 2, 3, 4)]:
-            raise _NotYet(f"It returns {got}; asked are tensors (B_new, A_new), here (5, k), (k, 6), k <= 4.")
+            raise NotYet(f"It returns {got}; asked are tensors (B_new, A_new), here (5, k), (k, 6), k <= 4.")
         return new[0].double() @ new[1].double()
 
     def stack(weight):
@@ -316,7 +225,7 @@ def check_average_adapters(function) -> bool:
             torch.cat([weight(alpha) * B, weight(1 - alpha) * B_ref], 1), torch.cat([A, A_ref]))
     factors = [_random(*shape, seed=seed) for seed, shape in enumerate([(5, 2), (2, 6), (5, 2), (2, 6)])]
     cases = [(factors, {"alpha": alpha}) for alpha in (0.25, 0.6)]
-    return _grade("average_adapters", function, [stack(lambda w: w)], cases, [
+    return grade("average_adapters", function, [stack(lambda w: w)], cases, [
         ("A and B are averaged one by one. Multiply it out: which terms mix the two adapters?",
          lambda B, A, B_ref, A_ref, alpha: (B_ref.lerp(B, alpha), A_ref.lerp(A, alpha))),
         (ALPHA, stack(lambda w: 1 - w)),
@@ -340,7 +249,7 @@ def check_kl_estimate(function) -> bool:
     def ratio(p, o, completions):
         return (logps(p, completions) - logps(o, completions)).mean()
     case = [_model(1), _model(2), torch.arange(12), sample, logps], {}
-    return _grade("kl_estimate", function, [lambda p, o, *_: ratio(p, o, sample(p))], [case], [
+    return grade("kl_estimate", function, [lambda p, o, *_: ratio(p, o, sample(p))], [case], [
         ("it is the log-ratio on the training completions. Did the policy draw those?",
          lambda p, o, c, *_: ratio(p, o, c)),
         ("the sign is flipped.", lambda p, o, *_: ratio(o, p, sample(p))),
@@ -363,7 +272,7 @@ def check_advantages(function) -> bool:
         return lambda r, v, lam: right(r + by(v), v, lam=lam)
     last = torch.tensor([0.0, 0, 0, 1])
     cases = [([_random(4), _random(4, seed=1)], {"lam": lam}) for lam in (0.9, 0.5)]
-    return _grade("advantages", function, [right], cases, [
+    return grade("advantages", function, [right], cases, [
         ("lam is forgotten, or taken for 1. How much should a distant surprise count?",
          lambda r, v, lam: right(r, v, lam=1.0)),
         ("only the next step counts. Which delta come after it?", lambda r, v, lam: right(r, v, lam=0.0)),
@@ -388,7 +297,7 @@ def check_clipped_loss(function) -> bool:
         return ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     cases = [([_random(8).requires_grad_(), _random(8, seed=1), _random(8, seed=2)], {"clip": clip})
              for clip in (0.2, 0.5)]
-    return _grade("clipped_loss", function, [right], cases, [
+    return grade("clipped_loss", function, [right], cases, [
         ("the sign is flipped. An optimizer makes losses small.", lambda *x, clip: -right(*x, clip=clip)),
         ("nothing is clipped.", lambda *x, clip: -parts(*x, clip)[0]),
         ("the ratio is clipped always. A good token that became less likely has no gradient then: who brings "
@@ -411,7 +320,7 @@ def check_both_orders(function) -> bool:
         return torch.where(first == 1 - second, first, torch.full_like(first, 0.5))
     said = torch.tensor([1.0, 0.5, 0.0])
     case = [said.repeat_interleave(3), said.repeat(3)], {}
-    return _grade("both_orders", function, [right], [case], [
+    return grade("both_orders", function, [right], [case], [
         ("the second verdict is not mirrored. Who stood in the first place there?",
          lambda first, second: right(first, 1 - second)),
         ("the two are averaged. A judge that says \"a\" and then \"a tie\" has contradicted itself.",
