@@ -18,7 +18,7 @@ from test_report import write_run
 import tralign_mini as tr
 from tralign_mini import toy
 from tralign_mini.changes import read_changes
-from tralign_mini.overoptimization import Law
+from tralign_mini.overoptimization import Law, law_through
 from tralign_mini.plot_style import new_figure
 from tralign_mini.widgets import (
     live_run,
@@ -31,7 +31,7 @@ from tralign_mini.widgets import (
 from tralign_mini.widgets import panel as shared
 from tralign_mini.widgets.loss_explorer import UNITS, curves, jump
 from tralign_mini.widgets.reference_explorer import PAIRS, RATE, gradient, walk
-from tralign_mini.widgets.runs_explorer import course, find_runs, law
+from tralign_mini.widgets.runs_explorer import course, find_runs
 from tralign_mini.widgets.toy_explorer import ALPHAS, TAUS, mean_and_half, trained
 from tralign_mini.worlds import grid_directory
 
@@ -378,9 +378,10 @@ def test_curves_of_a_run(runs):
 def test_the_law_through_a_group_of_runs():
     by_hand = Law(1.0, 0.5)
     d = np.array([0, 0.5, 1.0, 2.0])
-    x, y = law([(d, 0.2 + by_hand(d)), (d, 0.4 + by_hand(d)), (d[1:], d[1:])])  # the last has no start
+    without_start = d[1:], d[1:]
+    x, y = law_through([(d, 0.2 + by_hand(d)), (d, 0.4 + by_hand(d)), without_start])
     assert x[0] == 0 and x[-1] == 2 and y == pytest.approx(0.3 + by_hand(x))
-    assert law([(d[:3], d[:3])]) is None and law([]) is None
+    assert law_through([(d[:3], d[:3])]) is None and law_through([]) is None
 
 
 def test_the_axes_follow_the_selected_runs(runs):
@@ -419,6 +420,20 @@ def test_filters_and_groups_of_runs(runs):
     pictured(panel)  # nothing is left, and that is no error
     change(panel, panel.shown, "rewards/margin")
     assert seconds_of_a_picture(panel) < 0.2
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_no_seeds_of_each_other(tmp_path):
+    different = {"learning_rate": 2e-5, "batch_size": 8, "train_pairs": 40}
+    write_run(tmp_path / "first", seed=1)
+    write_run(tmp_path / "second", seed=2)
+    for name, value in different.items():
+        write_run(tmp_path / name, seed=1, **{name: value})
+    panel = runs_explorer(tmp_path)
+    assert not different.keys() & panel.filters.keys()
+    groups = panel.groups()
+    runs = [[record.directory.name for record in rows["record"]] for rows in groups.values()]
+    assert sorted(runs) == [["batch_size"], ["first", "second"], ["learning_rate"], ["train_pairs"]]
+    assert sum("rate 2e-05" in name for name in groups) == 1
 
 
 # The playground.

@@ -6,8 +6,6 @@ all others. Through the points of each group goes the law R(d) = d (a - b log d)
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import ipywidgets
 import numpy as np
 import pandas as pd
@@ -15,21 +13,23 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..overoptimization import fit_overoptimization, frontier
+from ..overoptimization import frontier, law_through, read_all
 from ..plot_style import COLORS, DASHES, INK, MARKERS, PALE, STEP, shortened, style_axes
-from ..record import Record, read
+from ..record import Record
 from ..worlds import grid_directory
 from .panel import WIDTH, Panel, around, choice
 
 FILTERS = ("method", "alpha", "tau", "beta", "seed")  # always there; the others where they tell runs apart
 OTHERS = ("tuning", "epochs", "model", "data")
-SIGNS = {"alpha": "α", "tau": "τ", "beta": "β"}
-COURSES = {  # column: label of the button, title, label of the axis
-    "gold/reward": ("gold", "True quality", "gold reward"),
-    "rewards/margin": ("margin", "Reward margin", "chosen − rejected"),
-    "loss": ("loss", "Loss", "mean over the batch"),
-    "kl/initial": ("KL", "KL to the initial policy", "nats per completion"),
-    "kl/reference": ("KL to the reference", "KL to the reference", "nats per completion"),
+UNFILTERED = ("learning_rate", "batch_size", "train_pairs")  # without a filter, but no seeds of each other
+SIGNS = {"alpha": "α", "tau": "τ", "beta": "β", "learning_rate": "rate", "batch_size": "batch",
+         "train_pairs": "pairs"}
+COURSES = {  # column: title, label of the axis
+    "gold/reward": ("True quality", "gold reward"),
+    "rewards/margin": ("Reward margin", "chosen − rejected"),
+    "loss": ("Loss", "mean over the batch"),
+    "kl/initial": ("KL to the initial policy", "nats per completion"),
+    "kl/reference": ("KL to the reference", "nats per completion"),
 }
 MOST_NAMED = 9  # lines of the legend, slower to draw than all curves; of more groups only the colours
 
@@ -40,23 +40,16 @@ def find_runs(directory) -> tuple[pd.DataFrame, list[str]]:
     A row a run: record, kind of reference, initial_gold (of the initial policy's samples; NaN: not measured)
     and its settings; alpha and tau are None if the reference does not move. ValueError if there is no run.
     """
-    rows, left_out = [], []
-    for path in sorted(Path(directory).rglob("recipe.yaml")):
-        try:
-            record = read(path.parent)
-        except ValueError:
-            left_out.append(path.parent.name)
-            continue
+    records, left_out = read_all(directory)
+    rows = []
+    for record in records:
         gold = record.column("gold_initial")
         row = {"record": record, "kind": record.kind, "initial_gold": np.mean(gold) if gold else np.nan}
-        row |= {name: record.recipe[name] for name in (*FILTERS, *OTHERS)}
-        row |= {"method": row["method"].upper()} | ({} if record.moves else {"alpha": None, "tau": None})
-        rows.append(row)
-    if not rows:
-        raise ValueError(
-            f"There is no run below {directory}: the folder of a run holds recipe.yaml, and metrics.jsonl "
-            "with at least a step. Train one first, or give the folder above your runs.")
-    return pd.DataFrame(rows, dtype=object), left_out
+        row |= {name: record.recipe[name] for name in (*FILTERS, *OTHERS, *UNFILTERED)}
+        rows.append(row | {"method": row["method"].upper()})
+        if not record.moves:
+            rows[-1] |= {"alpha": None, "tau": None}
+    return pd.DataFrame(rows, dtype=object), list(left_out)
 
 
 def course(record: Record, column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +99,7 @@ class RunsExplorer(Panel):
 
     def groups(self) -> dict[str, pd.DataFrame]:
         """The selected runs, name -> those that differ in their seed alone."""
-        runs, settings = self.selected(), [name for name in self.filters if name != "seed"]
+        runs, settings = self.selected(), [name for name in (*self.filters, *UNFILTERED) if name != "seed"]
         groups = {}
         for _, rows in runs.groupby(settings, dropna=False, sort=False):
             first = rows.iloc[0]
@@ -120,7 +113,7 @@ class RunsExplorer(Panel):
     def draw(self) -> None:
         column, groups, handles, seen = self.shown.value, self.groups(), [], []
         left, right = self.axes
-        style_axes(left, COURSES[column][1], STEP, COURSES[column][2])
+        style_axes(left, COURSES[column][0], STEP, COURSES[column][1])
         runs = self.selected() if groups else self.runs
         for ax, what in ((left, column), (right, "frontier")):
             x, y = (np.concatenate(side) for side in zip(*(self._curves[what][i] for i in runs.index)))
@@ -137,7 +130,7 @@ class RunsExplorer(Panel):
             look["lw"] = 2.4 if len(groups) <= MOST_NAMED else 1.2
             _draw_group(left, [self._curves[column][i] for i in rows.index], look | {"marker": ""})
             paths = [self._curves["frontier"][i] for i in rows.index]
-            _draw_group(right, paths, look, law(paths))
+            _draw_group(right, paths, look, law_through(paths))
             handles.append(Line2D([], [], label=shortened(name), ms=6, **look))
         if len(handles) > MOST_NAMED:
             handles = [Line2D([], [], label=kind, lw=2.4, color=COLORS[kind]) for kind in dict.fromkeys(seen)]
@@ -163,17 +156,6 @@ def _draw_group(ax, curves: list[tuple], look: dict, law: tuple | None = None) -
         dot = look | {"ls": "", "mew": 0.5, "ms": 4.5 if look["lw"] > 2 else 0}
         ax.plot(x, y, **dot)
         ax.plot(x[-1:], y[-1:], **dot | {"ms": 4 * look["lw"]})
-
-
-def law(paths: list[tuple]) -> tuple[np.ndarray, np.ndarray] | None:
-    """The law through the points of all runs of a group, from the start to the farthest; None: too few."""
-    paths = [path for path in paths if len(path[0]) and path[0][0] == 0]  # with a start
-    distance = np.concatenate([x for x, _ in paths] or [[]])
-    if len(set(distance)) < 4:  # the start, and more points than the law has numbers
-        return None
-    law = fit_overoptimization(distance, np.concatenate([y - y[0] for _, y in paths]))
-    x = np.linspace(0, distance.max(), 60)
-    return x, np.mean([y[0] for _, y in paths]) + law(x)
 
 
 def _text(value) -> str:
