@@ -404,10 +404,16 @@ def test_a_killed_judge_goes_on_where_it_stopped(tmp_path):
     assert len([json.loads(line) for line in cache.read_text().splitlines()]) == 16
 
 
-def test_a_damaged_file_of_answers_is_refused(tmp_path):
-    (tmp_path / "answers.jsonl").write_text('{"key": "x", "answer": "y"}\nnonsense\n')
-    with endpoint(longer) as server, pytest.raises(ValueError, match="line 2 is not JSON"):
+@pytest.mark.parametrize("line, said", [
+    ("nonsense", "not JSON"), ('{"key": "x"}', "no key or no answer"), ("[1]", "no key or no answer"),
+    ('{"answer": "y"}', "no key"), ('{"key": "x", "answer": null}', "no answer"),
+])
+def test_a_damaged_file_of_answers_is_refused_and_left_as_it_is(tmp_path, line, said):
+    text = f'{{"key": "x", "answer": "y"}}\n{line}\n{{"half of a li'
+    (tmp_path / "answers.jsonl").write_text(text)
+    with endpoint(longer) as server, pytest.raises(ValueError, match=f"answers.jsonl, line 2 .*{said}"):
         make(server, tmp_path)
+    assert (tmp_path / "answers.jsonl").read_text() == text
 
 
 # -- the key, and what is missing --

@@ -57,6 +57,10 @@ class LLMJudge:
                                      max_retries=retries)
         self._where = str(self._client.base_url)
         rows = read_rows(self._cache)
+        for number, row in enumerate(rows, 1):
+            if not (isinstance(row, dict) and {type(row.get(name)) for name in ("key", "answer")} == {str}):
+                raise ValueError(f"{self._cache}, line {number} has no key or no answer: it was damaged. "
+                                 "Restore it, or remove this line.")
         if self._cache.is_file() and not self._cache.read_bytes().endswith(b"\n"):
             write_rows(self._cache, rows)  # a kill cut off its last line
         self._answers, self._lock = {row["key"]: row["answer"] for row in rows}, Lock()
