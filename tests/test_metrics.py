@@ -42,6 +42,11 @@ def test_win_rate_by_hand_ties_half():
     assert metrics.win_rate([2, 0, 1, 1], [1, 1, 1, 0]).value == pytest.approx((1 + 0 + 0.5 + 1) / 4)
 
 
+def test_outcomes_by_hand():
+    assert metrics.outcomes([2, 0.1 + 0.2, 1], [1, 0.3, 3]).tolist() == [1, 0.5, 0]
+    assert metrics.outcomes(np.array([[1], [2]]), [1, 2]).tolist() == [[0.5, 0], [1, 0.5]]
+
+
 def test_win_rate_takes_rounding_for_a_tie():
     assert metrics.win_rate([0.1 + 0.2, 1.0], [0.3, 0.0]).value == 0.75
 
@@ -180,6 +185,15 @@ def test_length_controlled_by_hand():
     value, low, high = metrics.length_controlled(a, b, *lengths)
     assert value == pytest.approx(0.75, abs=1e-3) and low < 0.75 < high
     assert metrics.win_rate(a, b).value == 0.82
+
+
+def test_at_equal_length_is_the_value_of_length_controlled():
+    rng = np.random.default_rng(3)
+    won, longer = rng.choice([0, 0.5, 1], 30), rng.integers(-9, 9, 30)
+    value = metrics.length_controlled(won, 1 - won, longer, np.zeros(30)).value
+    assert metrics.at_equal_length(won, longer) == value != won.mean()
+    assert metrics.at_equal_length([1, 0, 1], [0, 0, 0]) == pytest.approx(2 / 3)
+    assert metrics.at_equal_length([1, 1], [3, 4]) == 1 and np.isnan(metrics.at_equal_length([1, 0], [3, 3]))
 
 
 def test_length_controlled_is_even_for_equals_of_whom_one_is_longer():

@@ -41,6 +41,12 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def outcomes(a, b) -> np.ndarray:
+    """What `a` gets of each comparison: 1 for a higher score than `b`, 0.5 for an equal one, 0."""
+    gap = np.subtract(a, b)
+    return np.where(np.abs(gap) <= TIE, 0.5, gap > 0)
+
+
 def win_rate(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Interval:
     """Share of prompts on which `a` scores higher than `b`; a tie counts half.
 
@@ -52,12 +58,12 @@ def win_rate(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Interv
     if a.size != b.size:
         raise ValueError(f"win_rate compares prompt by prompt, but a has {a.size} scores and b has {b.size}. "
                          "Score both policies on the same prompts.")
-    outcomes = _outcomes(a - b)
-    rate = float(outcomes.mean())
-    if np.ptp(outcomes) == 0:
+    won = outcomes(a, b)
+    rate = float(won.mean())
+    if np.ptp(won) == 0:
         return _unanimous(rate, a.size)
     kinds = np.array([0.0, 0.5, 1.0])  # loss, tie, win: to resample prompts is to resample their counts
-    shares = [np.mean(outcomes == kind) for kind in kinds]
+    shares = [np.mean(won == kind) for kind in kinds]
     draws = np.random.default_rng(seed).multinomial(a.size, shares, size=RESAMPLES)
     return _percentiles(rate, draws @ kinds / a.size)
 
@@ -79,17 +85,26 @@ def length_controlled(a: Sequence[float], b: Sequence[float], length_a: Sequence
     if {len(a)} != {length.size for length in lengths}:
         raise ValueError(f"length_controlled got {len(a)} scores a side, {lengths[0].size} lengths of a and "
                          f"{lengths[1].size} of b. Give one length for each answer.")
-    outcomes, d = _outcomes(np.subtract(a, b)), lengths[0] - lengths[1]
-    if np.ptp(outcomes) == 0 or not d.any():
+    won, longer = outcomes(a, b), lengths[0] - lengths[1]
+    value = at_equal_length(won, longer)
+    if np.ptp(won) == 0 or not longer.any():
         return rate
-    if np.ptp(d) == 0:
-        return Interval(float("nan"), float("nan"), float("nan"))
-    x, rng = np.tanh(d / d.std()), np.random.default_rng(seed)
-    draws = []
-    for part in np.array_split(range(RESAMPLES), 1 + RESAMPLES * d.size // 2**22):  # so much memory at once
-        counts = rng.multinomial(d.size, np.full(d.size, 1 / d.size), size=len(part))
-        draws.append(_at_equal_length(outcomes, x, counts))
-    return _percentiles(float(_at_equal_length(outcomes, x, np.ones((1, d.size)))[0]), np.concatenate(draws))
+    if np.isnan(value):
+        return Interval(value, value, value)
+    rng, draws, n = np.random.default_rng(seed), [], longer.size
+    for part in np.array_split(range(RESAMPLES), 1 + RESAMPLES * n // 2**22):  # so much memory at once
+        draws.append(_at_equal_length(won, longer, rng.multinomial(n, np.full(n, 1 / n), size=len(part))))
+    return _percentiles(value, np.concatenate(draws))
+
+
+def at_equal_length(won: Sequence[float], longer: Sequence[float]) -> float:
+    """The value of `length_controlled` alone, of `outcomes` and of how much longer the answers of a are."""
+    won, longer = np.asarray(won, dtype=float), np.asarray(longer, dtype=float)
+    if np.ptp(won) == 0 or not longer.any():
+        return float(won.mean())
+    if np.ptp(longer) == 0:
+        return float("nan")
+    return float(_at_equal_length(won, longer, np.ones((1, won.size)))[0])
 
 
 def probability_of_improvement(a: Sequence[float], b: Sequence[float], *, seed: int = 0) -> Interval:
@@ -99,14 +114,14 @@ def probability_of_improvement(a: Sequence[float], b: Sequence[float], *, seed: 
     each side on its own; if all pairs agree, the exact binomial bound of min(len(a), len(b)) disjoint pairs.
     """
     a, b = _numbers(a, "a"), _numbers(b, "b")
-    outcomes = _outcomes(a[:, None] - b[None, :])
-    value = float(outcomes.mean())
-    if np.ptp(outcomes) == 0:
+    won = outcomes(a[:, None], b[None, :])
+    value = float(won.mean())
+    if np.ptp(won) == 0:
         return _unanimous(value, min(a.size, b.size))
     rng = np.random.default_rng(seed)
     of_a = rng.multinomial(a.size, np.full(a.size, 1 / a.size), size=RESAMPLES)
     of_b = rng.multinomial(b.size, np.full(b.size, 1 / b.size), size=RESAMPLES)
-    return _percentiles(value, ((of_a @ outcomes) * of_b).sum(axis=1) / (a.size * b.size))
+    return _percentiles(value, ((of_a @ won) * of_b).sum(axis=1) / (a.size * b.size))
 
 
 def self_bleu(texts: Sequence[str], n: int = 3, *, max_texts: int = 500, seed: int = 0) -> float:
@@ -165,23 +180,20 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     return len(grams) / grams.total()
 
 
-def _at_equal_length(outcomes: np.ndarray, x: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def _at_equal_length(won: np.ndarray, longer: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """sigmoid(theta) of the fits in which prompt i counts counts[r, i] times, (r,): Newton, all at once."""
+    x = np.tanh(longer / longer.std())
     design, products = np.stack([np.ones_like(x), x]), np.stack([np.ones_like(x), x, x, x * x], axis=1)
     coefficients = np.zeros((len(counts), 2))
     for _ in range(50):
         p = expit(coefficients @ design)
-        gradient = (counts * (outcomes - p)) @ design.T - WEAK_PRIOR * coefficients
+        gradient = (counts * (won - p)) @ design.T - WEAK_PRIOR * coefficients
         curvature = ((counts * p * (1 - p)) @ products).reshape(-1, 2, 2) + WEAK_PRIOR * np.eye(2)
         step = np.linalg.solve(curvature, gradient[:, :, None])[:, :, 0].clip(-2, 2)  # far steps overshoot
         coefficients += step
         if np.abs(step).max() < 1e-9:
             break
     return expit(coefficients[:, 0])
-
-
-def _outcomes(difference: np.ndarray) -> np.ndarray:
-    return np.where(np.abs(difference) <= TIE, 0.5, (difference > 0).astype(float))
 
 
 def _unanimous(value: float, n: int) -> Interval:
