@@ -258,21 +258,18 @@ def cut(done, output: Path, after: str) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("after", ["reward-a", "split"])
-def test_a_killed_run_goes_on_and_ends_the_same(done, root, tmp_path, after):
-    kept = root / "kept"
-    shutil.move(done.directory, kept)  # resumed where it was: its recipes name their data by path
-    try:
-        cut(SimpleNamespace(directory=kept), done.directory, after)
-        before = {path: path.stat().st_mtime_ns for path in done.directory.glob("reward-a/metrics.jsonl")}
-        resumed = train_mpo(done.directory, resume=True)
-        assert all(path.stat().st_mtime_ns == time for path, time in before.items()) and before
-        for name in resumed.stages:
-            assert metrics(resumed.directory / name) == metrics(kept / name), name
-        assert resumed.counts == json.loads((kept / "split.json").read_text())
-    finally:
-        shutil.rmtree(done.directory)
-        shutil.move(kept, done.directory)
+@pytest.mark.parametrize("after", ["reward-a", "split", "reward"])
+def test_a_killed_run_goes_on_in_another_folder_and_ends_the_same(done, tmp_path, after):
+    """Its recipes name their data and models by path, and follow; what is done is not done again."""
+    cut(done, tmp_path / "moved", after)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("moved/reward-a/metrics.jsonl")}
+    resumed = train_mpo(tmp_path / "moved", resume=True)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items()) and before
+    for name in resumed.stages:
+        assert metrics(resumed.directory / name) == metrics(done.directory / name), name
+        text = (resumed.directory / name / "recipe.yaml").read_text()
+        assert str(resumed.directory) in text and str(done.directory) not in text
+    assert resumed.counts == done.counts
 
 
 def test_a_stopped_run_stops_within_its_stage_and_goes_on(root, done, tmp_path):

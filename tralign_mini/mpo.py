@@ -152,6 +152,7 @@ def train_mpo(recipe: str | os.PathLike | Mapping, *, stop=None, **overrides: An
     def finish(name: str, **more) -> bool:
         wanted, report = stage_recipe(settings, directory, name, **more), directory / name / "report.md"
         if (directory / name / "recipe.yaml").is_file():
+            _follow(directory / name)
             refuse_another_recipe(directory / name, wanted)
             wanted = wanted.replace(resume=True)
         if not report.is_file():  # which is written last
@@ -243,6 +244,14 @@ def _resumes(directory: Path, settings: dict[str, Any]) -> bool:
         raise ValueError(f"output={directory} holds an MPO run with other settings ({changes}). A resumed "
                          "run is the same run: give the old settings, or another output for a new run.")
     return True
+
+
+def _follow(folder: Path) -> None:
+    """The recipe of a stage names its data and models by path: mend it where MPO's folder was moved since."""
+    path = folder / "recipe.yaml"
+    before, now = Path(read(path)[0]["output"]).parent, folder.parent
+    if before != now:
+        _replace(path, path.read_text(encoding="utf-8").replace(f"{before}{os.sep}", f"{now}{os.sep}"))
 
 
 def _write_data(settings: Mapping[str, Any], directory: Path) -> None:
