@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import types
-from html import escape as escape_html
 
 import numpy as np
 import pandas as pd
@@ -83,8 +82,7 @@ def three(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch):
     """Pictures take most of a report's time: the fixtures above draw for real, most tests need not."""
-    for module in ("pages", "comparison"):
-        monkeypatch.setattr(f"tralign_mini.{module}.png", lambda figure, dpi=150: b"no picture")
+    monkeypatch.setattr("tralign_mini.pages.png", lambda figure, dpi=150: b"no picture")
 
 
 def cells(text, start):
@@ -281,23 +279,20 @@ def test_gold_at_equal_kl_by_hand(tmp_path):
 
 
 def test_figures_of_a_comparison(three):
-    assert list(three.figures) == ["gold", "win_rate", "kl", "gold_over_steps", "overoptimization"]
-    labels = [label.get_text() for label in three.figures["gold"].axes[0].get_yticklabels()]
-    assert labels == ["initial policy", "dpo", "soft", "hard"]
+    assert list(three.figures) == ["kl", "gold_over_steps", "overoptimization"]
+    assert {"dpo", "soft", "hard"} <= {text.get_text() for text in three.figures["kl"].axes[0].texts}
 
 
-def test_a_comparison_is_saved_and_shown(three, tmp_path, monkeypatch):
+def test_a_comparison_is_saved(three, tmp_path, monkeypatch):
     monkeypatch.undo()  # real pictures
     path = three.save(tmp_path / "deep" / "folder")
     text = path.read_text()
     assert path.name == "comparison.md" and "Warning" not in text
     assert len(cells(text, "soft")) == len(cells(text, "run")) == len(three.summary.columns)
     links = re.findall(r"\((figures/\w+\.png)\)", text)
-    assert len(links) == 5 and all((path.parent / link).read_bytes().startswith(b"\x89PNG") for link in links)
+    assert len(links) == 3 and all((path.parent / link).read_bytes().startswith(b"\x89PNG") for link in links)
     assert "| initial policy | dpo | soft | hard |" in text  # samples side by side
     assert "One seed a row, 8 prompts. Intervals (95 %) cover the prompts only, not the seeds." in text
-    page = three._repr_html_()
-    assert page.count("data:image/png;base64,") == 5 and "<table" in page and "1.40 [" in page
 
 
 def test_the_summary_rounds_and_leaves_nothing_empty(three):
@@ -324,7 +319,6 @@ def test_what_cannot_be_compared_is_said_loudly(tmp_path, other, said):
     assert all("NOT COMPARABLE" in figure.get_suptitle() for figure in comparison.figures.values())
     text = comparison.save(tmp_path / "c").read_text()
     assert text.startswith("# Comparison\n\n> **Warning.** These runs must not") and "## Samples" not in text
-    assert escape_html(comparison.warnings[0]) in comparison._repr_html_()
     assert not any("equal KL" in note for note in comparison.notes)
 
 

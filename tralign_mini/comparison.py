@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +10,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from . import pages, plots
-from .overoptimization import gold_at
+from . import pages
+from .overoptimization import frontier, gold_at
 from .pages import Side, escape, interval_text, number
-from .plot_style import png
 from .record import Record, read
 
 SAME_TASK = ("model", "data", "max_prompt_tokens", "max_completion_tokens")  # else rows must not be compared
@@ -59,14 +56,6 @@ class Comparison:
         text += pages.side_by_side(self.sides) if self.sides else []
         return pages.write_page(Path(folder) / "comparison.md", "Comparison", self.warnings, text)
 
-    def _repr_html_(self) -> str:
-        parts = [f"<p><b>Warning.</b> {html.escape(warning)}</p>" for warning in self.warnings]
-        parts += [self.summary.to_html(index=False), *(f"<p>{html.escape(note)}</p>" for note in self.notes)]
-        for name, figure in self.figures.items():
-            image = base64.b64encode(png(figure, dpi=100)).decode()
-            parts.append(f'<img alt="{pages.CAPTIONS[name]}" src="data:image/png;base64,{image}">')
-        return "\n".join(parts)
-
 
 def compare(runs: Iterable) -> Comparison:
     """Table and figures of several runs (directories, or objects with `.directory`), from their files."""
@@ -88,7 +77,8 @@ def compare(runs: Iterable) -> Comparison:
     warnings = [f"{name}: {warning}" for name, record in named.items() for warning in record.warnings()]
     if different:
         warnings.insert(0, f"These runs must not be compared: they differ in {'; '.join(different)}.")
-    figures = _figures(table, named, shared["gold"] if shared else np.nan)
+    histories = [record.history.assign(run=name, reference=record.kind) for name, record in named.items()]
+    figures = pages.curve_figures(pd.concat(histories), shared["gold"] if shared else np.nan)
     for figure in figures.values() if different else ():
         figure.suptitle("NOT COMPARABLE: model, data or prompts differ", color="#D55E00", fontweight="bold")
     sides = {name: ("policy", record) for name, record in named.items() if record.samples}
@@ -109,20 +99,6 @@ def _row(name: str, record: Record) -> dict:
     row |= {key: record.last(key) for key in ("kl/initial", "kl/reference")}
     row |= dict(zip(WINS, record.against_initial())) | record.numbers("policy")
     return row | {"rewards/accuracy": record.accuracy()}
-
-
-def _figures(table: pd.DataFrame, named: dict[str, Record], initial_gold: float) -> dict[str, Figure]:
-    kinds = {"initial policy": "initial"} | {name: record.kind for name, record in named.items()}
-    drawn, figures = table.assign(reference=table["run"].map(kinds)), {}
-    if table["gold"].notna().any():
-        title, xlabel = "True quality at the end", "gold reward, mean over the prompts"
-        figures["gold"] = plots.intervals(drawn, value="gold", title=title, xlabel=xlabel)
-        drawn = drawn.assign(low=table["win_low"], high=table["win_high"])
-        title, xlabel = "Against the initial policy", "win rate by gold, ties half"
-        look = {"title": title, "xlabel": xlabel, "baseline": 0.5}
-        figures["win_rate"] = plots.intervals(drawn, value="win_rate", **look)
-    histories = [record.history.assign(run=name, reference=record.kind) for name, record in named.items()]
-    return figures | pages.curve_figures(pd.concat(histories), initial_gold)
 
 
 def names_of(directories: list[Path]) -> list[str]:
@@ -159,19 +135,16 @@ def _notes(table: pd.DataFrame, named: dict[str, Record], shared: dict | None) -
     others = ", ".join(key for key in others if len(_values(records, key)) > 1)
     if others:
         notes.append(f"The runs also differ in {others}: a difference between them may be due to that.")
-    return notes + (_at_equal_kl(named, shared["gold"]) if shared and len(records) > 1 else [])
+    return notes + (_at_equal_kl(named) if shared and len(records) > 1 else [])
 
 
-def _at_equal_kl(named: dict[str, Record], initial_gold: float) -> list[str]:
+def _at_equal_kl(named: dict[str, Record]) -> list[str]:
     """Gold reward of each run where it first reaches the KL that all of them reach, interpolated."""
-    paths = {}
-    for name, record in named.items():
-        rows = record.history.reindex(columns=["kl/initial", "gold/reward"]).dropna()
-        paths[name] = np.array([(0.0, initial_gold), *rows.to_numpy(float)]).T
-    common = min(kl.max() for kl, _ in paths.values())
+    paths = {name: frontier(record) for name, record in named.items()}
+    common = min(distance.max(initial=0.0) for distance, _ in paths.values()) ** 2
     if common <= 0:
         return []
-    values = [f"{name} {gold_at(*path, common):.2f}" for name, path in paths.items()]
+    values = [f"{name} {gold_at(distance**2, gold, common):.2f}" for name, (distance, gold) in paths.items()]
     return [f"Gold reward at equal KL to the initial policy ({common:.2f} nats, as far as all of them went; "
             f"interpolated between evaluations, so no more certain than the values above): "
             f"{', '.join(values)}."]

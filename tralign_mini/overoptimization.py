@@ -49,8 +49,21 @@ def fit_overoptimization(distance, gain) -> Law:
     if (different := len(set(d[d > 0]))) < 2:
         raise ValueError(f"The law has two numbers, a and b; {different} different distance(s) above 0 "
                          "cannot tell them. Pass more evaluations.")
-    logs = np.log(np.where(d > 0, d, 1.0))
-    return Law(*np.linalg.lstsq(np.stack([d, -d * logs], 1), gain, rcond=None)[0].tolist())
+    return Law(*np.linalg.lstsq(np.stack([Law(1, 0)(d), Law(0, 1)(d)], 1), gain, rcond=None)[0].tolist())
+
+
+def law_through(paths: list[tuple]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The law through the `frontier`s of several runs, as points from the start to the farthest.
+
+    A path without a start does not count. None: too few points for two numbers.
+    """
+    paths = [path for path in paths if len(path[0]) and path[0][0] == 0]
+    distance = np.concatenate([x for x, _ in paths] or [[]])
+    if len(set(distance)) < 4:
+        return None
+    law = fit_overoptimization(distance, np.concatenate([y - y[0] for _, y in paths]))
+    x = np.linspace(0, distance.max(), 100)
+    return x, np.mean([y[0] for _, y in paths]) + law(x)
 
 
 def frontier(record: Record) -> tuple[np.ndarray, np.ndarray]:
@@ -74,20 +87,35 @@ def gold_at(distance, gold, where: float) -> float:
     return float(np.interp(where, distance[[before, after]], np.asarray(gold)[[before, after]]))
 
 
+def read_all(directory) -> tuple[list[Record], dict[str, ValueError]]:
+    """The runs below a directory, and what is wrong with folders that cannot be read as one (just begun,
+    damaged): name -> error. ValueError if there is no run."""
+    records, left_out = [], {}
+    for path in sorted(Path(directory).rglob("recipe.yaml")):
+        try:
+            records.append(read(path.parent))
+        except ValueError as error:
+            left_out[path.parent.name] = error
+    if not records:
+        raise ValueError(f"There is no run below {directory}: the folder of a run holds recipe.yaml, and "
+                         "metrics.jsonl with at least a step. Give the folder above your runs.")
+    return records, left_out
+
+
 def evaluations(directory) -> pd.DataFrame:
     """One row for each evaluation of each run below a directory: run, SETTINGS, step, distance, gold.
 
-    A run's first row, at step 0, is the initial policy. ValueError where there is no run.
+    A run's first row, at step 0, is the initial policy. ValueError where there is no run, or a damaged one.
     """
+    records, left_out = read_all(directory)
+    for error in left_out.values():
+        raise error
     tables = []
-    for path in sorted(Path(directory).rglob("recipe.yaml")):
-        record = read(path.parent)
+    for record in records:
         distance, gold = frontier(record)
-        measured = record.history.reindex(columns=["step", "kl/initial", "gold/reward"]).dropna()["step"]
-        steps = [0] * (len(gold) - len(measured)) + measured.astype(int).tolist()
+        measured = record.history.reindex(columns=["step", "kl/initial", "gold/reward"]).dropna()
+        steps = [0] * (len(gold) - len(measured)) + measured["step"].astype(int).to_list()
         settings = {name: record.recipe[name] for name in SETTINGS}
-        table = pd.DataFrame({"step": steps, "distance": distance, "gold": gold})
-        tables.append(table.assign(run=path.parent.name, **settings))
-    if not tables:
-        raise ValueError(f"There is no run below {directory}: the folder of a run holds recipe.yaml.")
-    return pd.concat(tables, ignore_index=True)[["run", *SETTINGS, "step", "distance", "gold"]]
+        table = {"run": record.directory.name, **settings, "step": steps, "distance": distance, "gold": gold}
+        tables.append(pd.DataFrame(table))
+    return pd.concat(tables, ignore_index=True)

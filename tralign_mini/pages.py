@@ -23,8 +23,6 @@ CAVEAT = "Intervals (95 %) cover the prompts only, not the seeds."
 NO_GOLD = ("These data have no gold reward, so true quality was not measured: neither reward accuracy nor KL "
            "is quality.")
 CAPTIONS = {
-    "gold": "Mean gold reward at the end, with 95 % intervals over the prompts",
-    "win_rate": "Win rate against the initial policy, with 95 % intervals over the prompts",
     "training": "Training curves",
     "kl": "KL to the initial policy and to the reference, on the policy's own samples",
     "gold_over_steps": "Gold reward over the steps",

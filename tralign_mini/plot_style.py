@@ -5,7 +5,6 @@ from __future__ import annotations
 from io import BytesIO
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -33,8 +32,19 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def style_axes(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
-    ax.set_title(title, loc="left", fontsize=13.5, fontweight="bold", color=INK, pad=9)
+def new_axes(count: int, width: float, height: float, columns: int = 99, **shared) -> tuple[Figure, list]:
+    """A figure with `count` axes in rows of `columns`, each so wide and high in inches; and the axes."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    figure = new_figure(width * columns, height * rows + 0.4)
+    axes = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
+    for ax in axes[count:]:
+        ax.remove()
+    return figure, list(axes[:count])
+
+
+def style_axes(ax: Axes, title: str, xlabel: str, ylabel: str, color: str = INK, pad: float = 9) -> None:
+    ax.set_title(title, loc="left", fontsize=13.5, fontweight="bold", color=color, pad=pad)
     ax.set_xlabel(xlabel, fontsize=12, color=INK)
     ax.set_ylabel(ylabel, fontsize=12, color=INK)
     ax.tick_params(length=0, labelsize=11, labelcolor=INK, pad=5)
@@ -46,12 +56,6 @@ def style_axes(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
     round_steps = [1, 2, 2.5, 5, 10]
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=round_steps, integer=xlabel in ("", STEP)))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=round_steps))
-
-
-def fit_steps(ax: Axes, history: pd.DataFrame) -> None:
-    """From 0 to the last step, in every figure of a run alike."""
-    last = history["step"].max()
-    ax.set_xlim(-0.02 * last, 1.02 * last)
 
 
 def label_ends(ax: Axes, ends: list[tuple[float, str, str]]) -> None:
@@ -78,12 +82,15 @@ def shortened(name: str) -> str:
 def initial_line(ax: Axes, initial_gold: float | None) -> None:
     if initial_gold is not None:
         ax.axhline(initial_gold, color=COLORS["initial"], lw=1.4, ls=DASHES[1], zorder=1)
-        look = {"xytext": (-2, 4), "textcoords": "offset points", "ha": "right", "fontsize": 10.5}
-        where = {"xy": (1, initial_gold), "xycoords": ax.get_yaxis_transform()}
-        ax.annotate("initial policy", **where, **look, color=COLORS["initial"])
+        look = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "ha": "right"}
+        ax.annotate("initial policy", (1, initial_gold), (-2, 4), fontsize=10.5, color=PALE, **look)
 
 
-def say_missing(ax: Axes, what: str) -> None:
-    ax.tick_params(labelleft=False)
-    look = {"ha": "center", "va": "center", "fontsize": 12, "color": PALE}
-    ax.text(0.5, 0.5, f"no {what} was measured", transform=ax.transAxes, **look)
+def add_legend(figure: Figure, where: str, handles: list) -> None:
+    columns = 4 if max(len(handle.get_label()) for handle in handles) <= 12 else 2
+    look = {"frameon": False, "fontsize": 12, "labelcolor": INK, "handlelength": 2.6}
+    figure.legend(handles=handles, loc=where, ncols=columns, **look)
+
+
+def small_print(figure: Figure, text: str) -> None:
+    figure.supxlabel(text, x=0.99, ha="right", fontsize=10.5, color=PALE)

@@ -53,13 +53,10 @@ class Bandit:
 
     def __post_init__(self):
         if len(self.initial) != 3 or min(self.initial) <= 0 or abs(sum(self.initial) - 1) > 1e-6:
-            raise ValueError(
-                f"initial = {self.initial!r}: a softmax policy has three positive probabilities with sum 1. "
-                "For an arm that is almost never drawn, take a small one.")
+            raise ValueError(f"initial = {self.initial!r}: take three positive probabilities with sum 1.")
         if min(self.wins, self.losses) < 0 or self.wins + self.losses == 0:
-            raise ValueError(
-                f"wins = {self.wins!r} and losses = {self.losses!r}: they count pairs that prefer arm 0 and "
-                "arm 1, and there is at least one pair. Use wins=1, losses=0 for one.")
+            raise ValueError(f"wins = {self.wins!r} and losses = {self.losses!r}: they count the pairs, so "
+                             "their sum is 1 or more.")
 
     def data(self, seeds: Sequence[int]) -> Data:
         rows = [0], [1], [[0, 1]] * self.wins + [[1, 0]] * self.losses  # chosen, rejected, pairs
@@ -102,6 +99,7 @@ def pair_losses(method: str, policy, reference, pairs, beta) -> torch.Tensor:
     reference) by mismatched pairs. A problem with one prompt has none, but its probabilities are known, so z0
     is that KL itself, without gradient.
     """
+    _check(method)
     shape, flat = pairs.shape[:2], pairs.flatten(1)  # (configs, 2 pairs): preferred and other take turns
     scale = beta.to(policy)[:, None]
     ours, theirs = scale * policy.gather(1, flat), scale * reference.gather(1, flat)
@@ -111,12 +109,14 @@ def pair_losses(method: str, policy, reference, pairs, beta) -> torch.Tensor:
         relative = (ours - scale * z0).flatten()
         return kto_loss(relative, theirs.flatten(), desirable, 0.0, beta=1.0).losses.view(*shape, 2).mean(2)
     logps = *ours.view(-1, 2).unbind(1), *theirs.view(-1, 2).unbind(1)
-    if method == "dpo":
-        return dpo_loss(*logps, beta=1.0).losses.view(shape)
     if method == "ipo":
         return ipo_loss(*logps, beta=1.0).losses.view(shape) / scale.float() ** 2
-    raise ValueError(
-        f"method = {method!r}: the toy has the losses with a reference. Pass one of {', '.join(METHODS)}.")
+    return dpo_loss(*logps, beta=1.0).losses.view(shape)
+
+
+def _check(method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method = {method!r}: the toy has losses with a reference, {', '.join(METHODS)}.")
 
 
 class AlongMargin(NamedTuple):
@@ -133,18 +133,18 @@ def along_margin(method: str, margin, beta, *, center=0.0, z0=0.0) -> AlongMargi
     everywhere. KTO also depends on `center` and the held z0; at both 0 a hard update restores the gradient
     beta / 8, and its curvature is 0 there. Tensors that broadcast.
     """
+    _check(method)
     if method == "dpo":
         fade = torch.sigmoid(-beta * margin)
         return AlongMargin(F.softplus(-beta * margin), -beta * fade, beta ** 2 * fade * (1 - fade))
     if method == "ipo":
         short = margin - 1 / (2 * beta)
         return AlongMargin(short ** 2, 2 * short, 2 * torch.ones_like(short))
-    if method == "kto":  # the mean of a rise of the chosen and a fall of the rejected, by h / 2 each
-        fades = [torch.sigmoid(-beta * (margin / 2 + side * (center - z0))) for side in (1, -1)]
-        bells = [fade * (1 - fade) for fade in fades]
-        bends = [bell * (1 - 2 * fade) for bell, fade in zip(bells, fades)]
-        return AlongMargin(sum(fades) / 2, -beta / 4 * sum(bells), beta ** 2 / 8 * sum(bends))
-    raise ValueError(f"method = {method!r}: pass one of {', '.join(METHODS)}.")
+    # KTO: the mean of a rise of the chosen and a fall of the rejected, by h / 2 each
+    fades = [torch.sigmoid(-beta * (margin / 2 + side * (center - z0))) for side in (1, -1)]
+    bells = [fade * (1 - fade) for fade in fades]
+    bends = [bell * (1 - 2 * fade) for bell, fade in zip(bells, fades)]
+    return AlongMargin(sum(fades) / 2, -beta / 4 * sum(bells), beta ** 2 / 8 * sum(bends))
 
 
 def grid(references: Sequence[TrustRegion] = REFERENCES, *, beta=0.1, seed=range(8)) -> pd.DataFrame:
@@ -152,14 +152,12 @@ def grid(references: Sequence[TrustRegion] = REFERENCES, *, beta=0.1, seed=range
 
     beta, seed: one or several. alpha and tau of a fixed reference are NaN.
     """
-    rows = [
-        {"trust_region": region, "reference": region.kind, "alpha": region.alpha, "tau": region.tau,
-         "beta": float(one_beta), "seed": int(one_seed)}
-        for region, one_beta, one_seed in product(references, np.atleast_1d(beta), np.atleast_1d(seed))]
-    table = pd.DataFrame(rows).astype({"alpha": float, "tau": float})
-    if not (table["beta"] > 0).all():
+    if min(np.atleast_1d(beta)) <= 0:
         raise ValueError(f"beta = {beta!r}: it scales the loss, so it is > 0. Pass beta=0.1, for example.")
-    return table
+    rows = [(region, region.kind, region.alpha, region.tau, one_beta, one_seed)
+            for region, one_beta, one_seed in product(references, np.atleast_1d(beta), np.atleast_1d(seed))]
+    table = pd.DataFrame(rows, columns=["trust_region", *CONFIGURATION, "seed"])
+    return table.astype({"alpha": float, "tau": float, "beta": float, "seed": int})
 
 
 @dataclass(frozen=True)
@@ -181,14 +179,12 @@ class ToyRuns:
 
 
 def train(problem: Bandit | Tree, table: pd.DataFrame, *, method: str = "dpo", steps: int = 300) -> ToyRuns:
-    """Train all configurations of a `grid` at once: full-batch steps, and after each the update that is due.
-
-    ValueError for a method that is not in `METHODS` and for steps < 1.
-    """
+    """Train all configurations of a `grid` at once: full-batch steps, each with the update that is due."""
     if steps < 1:
         raise ValueError(f"steps = {steps!r}: training takes at least one step. Pass steps=300, for example.")
     beta = torch.tensor(table["beta"].to_list(), dtype=torch.float64)
-    moves = _moves(table["trust_region"], steps)
+    moves = torch.tensor([[region.alpha if region.is_due(step) else 0.0 for region in table["trust_region"]]
+                          for step in range(steps + 1)], dtype=torch.float64)  # moving by 0 is exact
     data, start = problem.data(table["seed"]), problem.start(table["seed"])
     policy = [parameter.clone().requires_grad_() for parameter in start]
     reference = [parameter.clone() for parameter in start]
@@ -209,13 +205,6 @@ def train(problem: Bandit | Tree, table: pd.DataFrame, *, method: str = "dpo", s
             losses.backward(torch.full_like(losses, 1 / losses.shape[1]))  # mean of pairs, sum of rows
             optimizer.step()
     return _measured(table, method, data, beta, torch.stack(policies, 1), torch.stack(references, 1))
-
-
-def _moves(regions: Sequence[TrustRegion], steps: int) -> torch.Tensor:
-    """alpha where an update is due after t steps, else 0: (steps + 1, configs). Moving by 0 is exact."""
-    columns = {region: [region.alpha if region.is_due(step) else 0.0 for step in range(steps + 1)]
-               for region in set(regions)}
-    return torch.tensor([columns[region] for region in regions], dtype=torch.float64).T.contiguous()
 
 
 def _measured(table, method, data, beta, policy, reference) -> ToyRuns:

@@ -13,7 +13,7 @@ from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from scipy import stats
 
-from .plot_style import COLORS, DASHES, FAINT, INK, PALE, STEP, label_ends, new_figure, style_axes
+from .plot_style import COLORS, DASHES, FAINT, INK, STEP, label_ends, new_axes, small_print, style_axes
 from .toy import ToyRuns, along_margin, summary
 
 # Okabe and Ito's vermillion for what nobody asked for; black and grey for what the data shows
@@ -30,17 +30,14 @@ QUANTITIES = {  # title, label of the y axis
     "kl": ("KL to the initial policy", "nats"),
 }
 ARMS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(0.75)]])  # corners: chosen, rejected, unseen
-SMALL_PRINT = {"x": 0.99, "ha": "right", "fontsize": 10.5, "color": PALE}
 
 
 def mass(runs: ToyRuns) -> Figure:
     """Chosen, rejected and out-of-distribution mass over the steps; one panel a reference of the grid."""
     groups = _references(runs)
-    figure = new_figure(4.1 * len(groups) + 1.6, 4.2)
-    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    figure, axes = new_axes(len(groups), 4.6, 3.8, sharey=True)
     for ax, (name, kind, rows) in zip(axes, groups):
-        style_axes(ax, name, STEP, "probability" if ax is axes[0] else "")
-        _head(ax, name, kind)
+        style_axes(ax, name, STEP, "probability" if ax is axes[0] else "", COLORS[kind])
         ends = [(draw_band(ax, getattr(runs, quantity)[rows].numpy(), color, dash), label, color)
                 for quantity, (label, color, dash) in MASSES.items()]
         ax.set_ylim(-0.02, 1.02)
@@ -51,13 +48,12 @@ def mass(runs: ToyRuns) -> Figure:
 def curves(runs: ToyRuns, *quantities: str) -> Figure:
     """One panel for each quantity, a field of `ToyRuns`; one line for each reference of the grid."""
     groups = _references(runs)
-    figure = new_figure(5.6 * len(quantities) + 0.8, 4.2)
-    for ax, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities):
-        title, ylabel = QUANTITIES[quantity]
-        style_axes(ax, title, STEP, ylabel)
+    figure, axes = new_axes(len(quantities), 5.6, 3.8)
+    for ax, quantity in zip(axes, quantities):
+        style_axes(ax, QUANTITIES[quantity][0], STEP, QUANTITIES[quantity][1])
         values = getattr(runs, quantity).numpy()
-        ends = [(draw_band(ax, values[rows], COLORS[kind]), kind, COLORS[kind]) for _, kind, rows in groups]
-        label_ends(ax, ends)
+        label_ends(ax, [(draw_band(ax, values[rows], COLORS[kind]), kind, COLORS[kind])
+                        for _, kind, rows in groups])
     return figure
 
 
@@ -70,10 +66,10 @@ def simplex(runs: ToyRuns) -> Figure:
         raise ValueError(f"The policy has {runs.policy.shape[2]} completions, and a triangle shows three. "
                          "Draw a Bandit here, and a Tree with toy_plots.mass.")
     groups = _references(runs)
-    figure = new_figure(4.2 * len(groups), 4.2)
-    for ax, (name, kind, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups):
+    figure, axes = new_axes(len(groups), 4.2, 3.8)
+    for ax, (name, kind, rows) in zip(axes, groups):
+        style_axes(ax, name, "", "", COLORS[kind], pad=26)
         _triangle(ax)
-        _head(ax, name, kind, pad=26)
         for path in runs.policy[rows].double().exp().numpy() @ ARMS:
             ax.plot(*path.T, color=COLORS[kind], lw=1.6, alpha=0.6, zorder=2)
             ax.plot(*path[30:-1:30].T, ls="", marker="o", ms=3.5, color=COLORS[kind], alpha=0.7, zorder=3)
@@ -84,13 +80,13 @@ def simplex(runs: ToyRuns) -> Figure:
 
 def loss_shape(method: str, beta: float, margin: float | None = None) -> Figure:
     """Loss, gradient and curvature over the margin h; with `margin`, the jump of a hard update from there."""
-    figure = new_figure(15.2, 4.2)
+    figure, axes = new_axes(3, 5, 3.8)
     reach = max((2 if method == "ipo" else 8) / beta, 1.25 * abs(margin or 0))
     h = torch.linspace(-reach / 2, reach, 400, dtype=torch.float64)
     ends = torch.tensor([margin or 0, (margin or 0) / 2, 0], dtype=torch.float64)
     shapes = zip(along_margin(method, h, beta), along_margin(method, ends, beta))
     titles = {"Loss": "L(h)", "Gradient": "dL/dh", "Curvature": "d²L/dh²"}
-    for ax, (title, ylabel), (values, jump) in zip(figure.subplots(1, 3), titles.items(), shapes):
+    for ax, (title, ylabel), (values, jump) in zip(axes, titles.items(), shapes):
         style_axes(ax, title, "margin h (nats)", ylabel)
         ax.axvline(0, color="#BBBBBB", lw=1, zorder=1)
         ax.plot(h, values, color=INK, lw=2.4, zorder=2)
@@ -100,8 +96,8 @@ def loss_shape(method: str, beta: float, margin: float | None = None) -> Figure:
         if margin is not None:  # the arrow keeps off the curve
             bend = 0.3 if halfway <= (before + after) / 2 else -0.3
             draw_jump(ax, (margin, before), (0, after), COLORS["hard"], bend)
-    remark = f"{method.upper()}, β = {beta:g}" + " · green: a hard update, h → 0" * (margin is not None)
-    figure.supxlabel(remark, **SMALL_PRINT)
+    jumps = " · green: a hard update, h → 0" * (margin is not None)
+    small_print(figure, f"{method.upper()}, β = {beta:g}{jumps}")
     return figure
 
 
@@ -118,11 +114,10 @@ def heat_map(runs: ToyRuns, quantity: str = "out") -> Figure:
         kinds = ", ".join(table["reference"].unique())
         raise ValueError(f"The references of the grid are {kinds}, and a heat map compares alpha and tau "
                          "with a fixed one. Put TrustRegion.fixed() and others into the grid.")
-    baseline, cells = fixed["value"].item(), moving.pivot(index="alpha", columns="tau", values="value")
-    clear = (moving["difference_low"] > 0) | (moving["difference_high"] < 0)
-    bold = moving.assign(clear=clear).pivot(index="alpha", columns="tau", values="clear")
-    figure = new_figure(1.15 * cells.shape[1] + 3.4, 0.72 * cells.shape[0] + 2.4)
-    ax = figure.subplots()
+    moving = moving.assign(bold=(moving["difference_low"] > 0) | (moving["difference_high"] < 0))
+    baseline, table = fixed["value"].item(), moving.pivot(index="alpha", columns="tau")
+    cells, bold = table["value"], table["bold"].to_numpy()
+    figure, [ax] = new_axes(1, 1.15 * cells.shape[1] + 3.4, 0.72 * cells.shape[0] + 2)
     style_axes(ax, QUANTITIES[quantity][0], "τ: steps from update to update", "α: weight of the policy")
     ax.grid(False)
     norm = CenteredNorm(baseline, max(np.nanmax(np.abs(cells - baseline)), 0.02))
@@ -130,9 +125,9 @@ def heat_map(runs: ToyRuns, quantity: str = "out") -> Figure:
     for (row, column), value in np.ndenumerate(cells.to_numpy()):
         if np.isfinite(value):
             dark = np.dot(image.cmap(norm(value))[:3], (0.3, 0.59, 0.11)) < 0.6
-            weight = "bold" if bold.iloc[row, column] else "normal"
-            look = {"ha": "center", "va": "center", "fontsize": 12.5, "fontweight": weight}
-            ax.text(column + 0.5, row + 0.5, f"{value:.2f}", color="white" if dark else INK, **look)
+            look = {"ha": "center", "va": "center", "fontsize": 12.5, "color": "white" if dark else INK}
+            weight = "bold" if bold[row, column] else "normal"
+            ax.text(column + 0.5, row + 0.5, f"{value:.2f}", fontweight=weight, **look)
     ax.set_xticks(np.arange(cells.shape[1]) + 0.5, [f"{tau:g}" for tau in cells.columns])
     ax.set_yticks(np.arange(cells.shape[0]) + 0.5, [f"{alpha:g}" for alpha in cells.index])
     ax.spines["bottom"].set_visible(False)
@@ -144,7 +139,7 @@ def heat_map(runs: ToyRuns, quantity: str = "out") -> Figure:
     bar.ax.axhline(baseline, color=INK, lw=1.5)
     bar.ax.tick_params(length=0, labelsize=12, labelcolor=INK)
     bar.outline.set_visible(False)
-    figure.supxlabel("bold: apart from fixed (95 % interval over seeds)", **SMALL_PRINT)
+    small_print(figure, "bold: apart from fixed (95 % interval over seeds)")
     return figure
 
 
@@ -157,10 +152,6 @@ def _references(runs: ToyRuns) -> list[tuple[str, str, torch.Tensor]]:
     regions = runs.table["trust_region"]
     return [(names[region.kind].format(region), region.kind, torch.tensor((regions == region).to_list()))
             for region in regions.unique()]
-
-
-def _head(ax: Axes, name: str, kind: str, pad: float = 9) -> None:
-    ax.set_title(name, loc="left", fontsize=13.5, fontweight="bold", color=COLORS[kind], pad=pad)
 
 
 def mean_and_half(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -34,27 +34,20 @@ class Tree:
 
     The policy is a network with a tanh layer of `hidden` units over the actions so far (one-hot, zeros where
     none was taken yet); weights are drawn from N(0, 1 / inputs in use), biases are 0. It first imitates both
-    paths of every pair, or the chosen ones alone (`sft_on="chosen"`): `sft_steps` full-batch steps of Adam,
-    1e-2, on cross-entropy. That is the initial policy and the first reference. Preferences are then learnt by
-    full-batch Adam with `learning_rate`. ValueError if the paths of the pairs do not fit into the tree.
+    paths of every pair: `sft_steps` full-batch steps of Adam, 1e-2, on cross-entropy. That is the initial
+    policy and the first reference. Preferences are then learnt by full-batch Adam with `learning_rate`.
     """
 
     depth: int = 5
     hidden: int = 16
     pairs: int = 4
     sft_steps: int = 200
-    sft_on: str = "both"
     learning_rate: float = 1e-2
 
     def __post_init__(self):
-        if self.sft_on not in ("both", "chosen"):
-            raise ValueError(f'sft_on = {self.sft_on!r}: the initial policy imitates "both" paths of a pair '
-                             'or the "chosen" one. Pass one of these two.')
         if self.depth < 2 or not 0 < 2 * self.pairs < ACTIONS ** self.depth:
-            raise ValueError(
-                f"depth = {self.depth} and pairs = {self.pairs}: a tree has at least two levels, and its "
-                f"{ACTIONS ** self.depth} paths have to be more than the {2 * self.pairs} of the pairs (one "
-                "or more). Use a deeper tree.")
+            raise ValueError(f"depth = {self.depth} and pairs = {self.pairs}: a tree has two levels or more, "
+                             "and more paths than the pairs, one or more, take. Use a deeper tree.")
 
     def data(self, seeds: Sequence[int]) -> Data:
         """Pairs of paths, drawn without replacement; the actions of a path are the digits of its index."""
@@ -100,13 +93,11 @@ def _layout(depth: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _imitate(tree: Tree, seeds: tuple[int, ...]) -> list[torch.Tensor]:
     draws = zip(*(_draw(tree, seed) for seed in seeds))
     parameters = [torch.stack(tensors).requires_grad_() for tensors in draws]
-    chosen, rejected, _ = tree.data(seeds)
-    paths = chosen if tree.sft_on == "chosen" else torch.cat([chosen, rejected], 1)
+    paths = torch.cat(tree.data(seeds)[:2], 1)
     optimizer = torch.optim.Adam(parameters, lr=SFT_LEARNING_RATE, foreach=True)
     for _ in range(tree.sft_steps):
         optimizer.zero_grad()
-        cross_entropy = -tree.logps(parameters).gather(1, paths).mean(1)
-        cross_entropy.sum().backward()
+        (-tree.logps(parameters).gather(1, paths).mean(1).sum()).backward()
         optimizer.step()
     return [parameter.detach() for parameter in parameters]
 
