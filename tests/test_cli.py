@@ -321,9 +321,12 @@ def test_doctor_names_versions_device_and_what_would_fail(monkeypatch, capsys):
 
     from tralign_mini import doctor
 
-    installed = doctor._version
-    monkeypatch.setattr(doctor, "_version",
-                        lambda package: None if package == "bitsandbytes" else installed(package))
+    def version(package, installed=doctor.version):
+        if package == "bitsandbytes":
+            raise doctor.PackageNotFoundError(package)
+        return installed(package)
+
+    monkeypatch.setattr(doctor, "version", version)
     code, out, _ = tralign(monkeypatch, capsys, "doctor")
     assert code == 0
     assert torch.__version__.split("+")[0] in out and transformers.__version__ in out

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import tralign_mini.recipe_file
 from tralign_mini import mpo
 from tralign_mini.recipe import Recipe, parse_overrides
-from tralign_mini.recipe_file import NAMES_ELSEWHERE, RecipeError, shipped_recipes
+from tralign_mini.recipe_file import RecipeError, shipped_recipes
 from tralign_mini.trust_region import TrustRegion
 
 WORLD = {"model": "little-tldr"}
@@ -37,7 +37,6 @@ BAD = [
     ({}, ["model is missing", "an embedded world"]),
     ({"model": "gpt2"}, ["data is missing", "model=gpt2", "little-tldr", "hh, tldr, ultrafeedback"]),
     (WORLD | {"alhpa": 0.6}, ["no setting 'alhpa'", "did you mean 'alpha'"]),
-    (WORLD | {"lr": 1e-4}, ["no setting 'lr'", "did you mean 'learning_rate'"]),
     (WORLD | {"xyzzy": 1}, ["no setting 'xyzzy'", "There are: model, data, method"]),
     (WORLD | {"method": "ddpo"}, ["method=ddpo", "must be one of dpo, ipo, kto", "did you mean 'dpo'"]),
     (WORLD | {"reference": "moving"}, ["reference=moving", "fixed, soft, hard"]),
@@ -100,11 +99,6 @@ def test_all_errors_come_in_one_message_a_line_each():
 def test_every_setting_has_a_description():
     for key, field in Recipe.model_fields.items():
         assert field.description and "\n" not in field.description, key
-
-
-def test_names_from_elsewhere_lead_to_settings_that_exist():
-    assert set(NAMES_ELSEWHERE.values()) <= set(Recipe.model_fields)
-    assert not set(NAMES_ELSEWHERE) & set(Recipe.model_fields)
 
 
 def test_a_recipe_cannot_be_changed_in_place():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -31,10 +32,7 @@ LEFT_OUT = {  # settings of LoraConfig under which the adapter is not just a pro
 
 
 def refuse_unaverageable(peft_config: PeftConfig) -> None:
-    """ValueError, with the reason, for an adapter that is anything but products B A on frozen weights.
-
-    The rest would silently be left out of a moving reference's average.
-    """
+    """ValueError, with the reason, for an adapter that is anything but products B A on frozen weights."""
     if peft_config.peft_type != PeftType.LORA:
         found = f"peft_type={getattr(peft_config.peft_type, 'value', peft_config.peft_type)}"
         reason = "it has no pair of factors B A per weight"
@@ -51,31 +49,27 @@ def refuse_unaverageable(peft_config: PeftConfig) -> None:
         found = f"{setting}={getattr(peft_config, setting)!r}"
         reason = LEFT_OUT.get(setting, "this variant of LoRA computes more than the product B A")
     raise ValueError(f"The adapter has {found}: {reason}, which the average of a moving reference would "
-                     "silently leave out. Use a plain LoraConfig: linear layers, bias='none', "
-                     "init_lora_weights=True.")
+                     "silently leave out. Use a plain LoraConfig.")
 
 
 def averageable_layers(policy: PeftModel) -> dict[str, LoraLayer]:
     """The policy's LoRA layers by module name; ValueError for what an average of products leaves out."""
     if list(policy.active_adapters) != [POLICY]:
         raise ValueError(f"The active adapter is {policy.active_adapter!r}; the policy has to be the adapter "
-                         f"{POLICY!r} alone. Load it under this name (PEFT does so by itself), or call "
-                         f"policy.set_adapter({POLICY!r}).")
+                         f"{POLICY!r} alone. Load it under this name, as PEFT does by itself.")
     refuse_unaverageable(policy.peft_config[POLICY])
     layers = {}
     for name, module in policy.base_model.model.named_modules():
         if isinstance(module, LoraLayer) and POLICY in module.r:
             if POLICY not in module.lora_A or not isinstance(module.lora_A[POLICY], nn.Linear):
                 raise ValueError(f"{name} is a {type(module.get_base_layer()).__name__} with LoRA: only "
-                                 "linear layers (nn.Linear, Conv1D, bitsandbytes) can be averaged. Take it "
-                                 "out of target_modules.")
+                                 "linear layers can be averaged. Take it out of target_modules.")
             layers[name] = module
     trained = {id(w[POLICY].weight) for layer in layers.values() for w in (layer.lora_A, layer.lora_B)}
     beside = [name for name, w in policy.named_parameters() if w.requires_grad and id(w) not in trained]
     if beside:
         raise ValueError(f"{len(beside)} parameters beside the adapter are trained (the first: {beside[0]}): "
-                         "the reference is an average of adapters and would never see them move. Freeze "
-                         "them: requires_grad_(False).")
+                         "a reference of adapters would never see them move. Freeze them.")
     return layers
 
 
@@ -102,9 +96,10 @@ def copy_policy(layer: LoraLayer, adapter: str) -> int:
 
 def add_copy(policy: PeftModel, layers: dict[str, LoraLayer], adapter: str, rank: int) -> dict[str, int]:
     """Add a frozen float32 copy of the policy, of scaling 1, on just these layers; returns the ranks used."""
+    guard_4bit(policy)  # what the copy is for, a pass in eval mode, would spoil 4-bit weights
     if adapter in policy.peft_config:
-        raise ValueError(f"The policy already has an adapter {adapter!r}, and there is only one of it. Go on "
-                         f"with the one you have, or remove it first: policy.delete_adapter({adapter!r}).")
+        raise ValueError(f"The policy already has an adapter {adapter!r}: go on with it, or remove it first "
+                         f"with policy.delete_adapter({adapter!r}).")
     # PEFT matches a string in full, but the entries of a list against endings of names
     exactly = "|".join(map(re.escape, layers))
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=exactly, inference_mode=True)
@@ -118,47 +113,47 @@ def add_copy(policy: PeftModel, layers: dict[str, LoraLayer], adapter: str, rank
 
 
 def add_initial_adapter(policy: PeftModel) -> None:
-    """Keep what the policy's adapter is now as the frozen adapter `initial`; call it before training.
-
-    Does nothing if the adapter is still without effect (B = 0): then training begins from the base model.
-    """
+    """Keep what the policy's adapter is now as the frozen adapter `initial`, unless it is still zero."""
     layers = averageable_layers(policy)
     if any(B.any() and A.any() for B, A in (factors(layer, POLICY) for layer in layers.values())):
         add_copy(policy, layers, INITIAL, rank=max(layer.r[POLICY] for layer in layers.values()))
 
 
 def using_initial(policy: PeftModel):
-    """A context with the module *as* the policy that training began from: adapter `initial`, else the base.
-
-    In eval mode, without gradients; on exit everything is as it was.
-    """
+    """The module *as* the initial policy: the adapter `initial` if there is one, else the base."""
     return switched(policy, INITIAL if INITIAL in policy.peft_config else None)
 
 
 @contextmanager
 def switched(policy: PeftModel, adapter: str | None):
-    """Yield the module with another adapter (None: the base), in eval mode, without gradients; go back."""
+    """Yield the module with another adapter (None: the base), in eval mode, without gradients.
+
+    On exit all that PEFT changes is as it was: active adapter, requires_grad, mode of every module.
+    """
     if any(layer.disable_adapters for layer in policy.modules() if isinstance(layer, LoraLayer)):
         raise RuntimeError(f"The policy's adapters are switched off, so {adapter or 'the base'!r} cannot be "
                            "switched to. Leave policy.disable_adapter() or using_initial() first.")
-    with restored(policy), torch.no_grad(), nullcontext() if adapter else policy.disable_adapter():
-        if adapter:
-            policy.set_adapter(adapter, inference_mode=True)
-        yield policy.eval()
-
-
-@contextmanager
-def restored(policy: PeftModel):
-    """On exit put back what PEFT changes: active adapter, requires_grad, mode of every module."""
     active = policy.active_adapter
     gradients = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
-    modes = [(module, module.training) for module in policy.modules()]
     try:
-        yield
+        with eval_mode(policy), torch.no_grad(), nullcontext() if adapter else policy.disable_adapter():
+            if adapter:
+                policy.set_adapter(adapter, inference_mode=True)
+            yield policy
     finally:
         policy.set_adapter(active)
         for parameter, requires_grad in gradients:
             parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model without dropout; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
         for module, training in modes:
             module.training = training
 
@@ -166,14 +161,12 @@ def restored(policy: PeftModel):
 def guard_4bit(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights in eval mode; call it before a model's first forward.
 
-    On CPUs with AVX512-BF16 a forward in eval mode repacks the weights for inference. Training after it
-    raises or, in layers without bias, has silently wrong gradients. Unpacking loses digits, so: RuntimeError
-    if it happened already.
+    On CPUs with AVX512-BF16 a forward in eval mode repacks the weights for inference: training after it has
+    silently wrong gradients in layers without bias. RuntimeError if it happened already.
     """
     for name, module in model.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # only bitsandbytes' Linear4bit has it
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-                raise RuntimeError(f"A forward in eval mode has already repacked the 4-bit weights of {name} "
-                                   "for CPU inference: gradients would be wrong. Load the model again and "
-                                   "call guard_4bit right after loading.")
+                raise RuntimeError(f"A forward in eval mode has already repacked the 4-bit weights of {name}:"
+                                   " gradients would be wrong. Load the model again, call guard_4bit first.")
             module.support_avx512bf16_for_cpu = False

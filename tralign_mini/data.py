@@ -92,9 +92,8 @@ def _load_hub(name: str, split: str) -> datasets.Dataset:
     except Exception as error:  # network, permission, unknown name: the Hub's libraries raise dozens of types
         kind = ValueError if isinstance(error, ValueError) else ConnectionError  # a missing split; all else
         raise kind(f"{looked} It failed with {type(error).__name__}: {str(error).strip()[:400]}\n"
-                   "Without a network give a local file, data=path/to/file.jsonl.gz (or .json, .csv,"
-                   f" .parquet, or a folder with train.* and test.*), or an embedded world, data={WORLDS[0]}."
-                   " What was downloaded before is found with HF_HUB_OFFLINE=1.") from error
+                   "Without a network give a local file, data=path/to/file.jsonl.gz, a folder with train.* "
+                   f"and test.*, or an embedded world, data={WORLDS[0]}.") from error
     known = {column for columns, _ in _FORMS for column in columns}
     used = [column for column in raw.column_names if column in known] or raw.column_names
     return _to_schema(enumerate(raw.select_columns(used), start=1), f"{repository} ({arguments['split']})")
@@ -116,18 +115,15 @@ def _file_of_split(path: Path, split: str) -> Path:
             raise ValueError(f"{path} has no split {split!r}: a single file is the split 'train' as a whole. "
                              "For several splits give a folder with train.* and test.* files.")
         return path
-    splits: dict[str, list[Path]] = {}
-    for file in sorted(path.iterdir()):
-        if file.is_file() and _extension(file):
-            splits.setdefault(file.name[: -len(_extension(file))], []).append(file)
-    found = splits.get(split, [])
+    files = {file.name: file.name.removesuffix(_extension(file)) for file in sorted(path.iterdir())
+             if file.is_file() and _extension(file)}
+    found = [name for name, of in files.items() if of == split]
     if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        raise ValueError(f"{path} has several files for the split {split!r}: {names}; keep one.")
+        raise ValueError(f"{path} has several files for the split {split!r}: {', '.join(found)}; keep one.")
     if not found:
-        there = ", ".join(splits) or f"no file with one of {', '.join(EXTENSIONS)}"
+        there = ", ".join(dict.fromkeys(files.values())) or f"no file with one of {', '.join(EXTENSIONS)}"
         raise ValueError(f"{path} has no split {split!r}; there is: {there}. Expected e.g. {split}.jsonl.gz.")
-    return found[0]
+    return path / found[0]
 
 
 def _read(path: Path) -> Iterator[tuple[int, dict]]:
@@ -147,8 +143,7 @@ def _read(path: Path) -> Iterator[tuple[int, dict]]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read as {_extension(path)}: {error}. "
-                         "It is damaged, or of another kind than its name says.") from error
+        raise ValueError(f"{path} cannot be read as {_extension(path)}: {error}. Is it damaged?") from error
 
 
 def _json_lines(file, path: Path) -> Iterator[tuple[int, dict]]:
@@ -157,8 +152,7 @@ def _json_lines(file, path: Path) -> Iterator[tuple[int, dict]]:
             try:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, row {number}: not valid JSON ({error}): {line.strip()[:60]!r}. "
-                                 "Expected one JSON object on each line.") from None
+                raise ValueError(f"{path}, row {number}: not valid JSON ({error}): {line[:60]!r}.") from None
 
 
 def _csv_rows(file) -> Iterator[tuple[int, dict]]:
@@ -187,20 +181,18 @@ def _to_schema(rows: Iterator[tuple[int, dict]], source: str) -> datasets.Datase
             if missing or _form_of(row)[0] != columns:
                 raise ValueError(f"found the columns {', '.join(row)}; the first row is {', '.join(columns)}"
                                  + (f", so {', '.join(missing)} is missing" if missing else ""))
-            converted = convert(row)
-            chat = isinstance(converted.get("chosen", converted.get("completion")), list)
+            out.append(convert(row))
+            chat = isinstance(out[-1].get("chosen", out[-1].get("completion")), list)
             if kind not in (None, chat):
                 raise ValueError("texts and chat messages are mixed: this row differs from the first")
             kind = chat
         except ValueError as error:
             raise ValueError(f"{source}, row {number}: {error}.") from None
-        out.append(converted)
     if not out:
         raise ValueError(f"{source} is empty: expected rows with {_expected()}.")
     if all(row["prompt"] is None for row in out):
         raise ValueError(f"{source}: no row has a prompt. Without a column prompt, chosen and rejected must "
-                         f"be whole dialogues, equal up to the last answer: texts with {TURN!r} before each "
-                         "answer, or chat messages.")
+                         f"be dialogues, equal up to the last answer: texts with {TURN!r}, or chat messages.")
     text = datasets.Value("string")
     content = datasets.List({"role": text, "content": text}) if kind else text
     features = {c: datasets.Value("bool") if c == "label" else content for c in out[0]}
@@ -257,20 +249,19 @@ def _from_tldr(row: dict) -> dict:
     info, summaries, choice = row["info"], row["summaries"], row["choice"]
     if type(choice) is not int or choice not in (0, 1):
         raise ValueError(f"choice is {_show(choice)}; expected 0 or 1, the index of the better summary")
-    if (not isinstance(summaries, list) or len(summaries) != 2
-            or not all(isinstance(s, dict) and isinstance(s.get("text"), str) for s in summaries)):
-        raise ValueError(f"summaries is {_show(summaries)}; expected two objects with text")
-    if not isinstance(info, dict):
-        raise ValueError(f"info is {_show(info)}; expected an object with subreddit, title and post")
-    if info.get("article") is not None and info.get("post") is None:
-        prompt = ""  # a news article among the posts: another task, dropped and counted as an empty prompt
-    elif all(isinstance(info.get(key), str) for key in ("subreddit", "title", "post")):
+    try:
+        first, second = (" " + summary["text"].strip() for summary in summaries)
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise ValueError(f"summaries is {_show(summaries)}; expected two objects with text") from None
+    try:
         subreddit, title, post = (info[key].strip() for key in ("subreddit", "title", "post"))
         prompt = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
-    else:
-        raise ValueError(f"info is {_show(info)}; expected the texts subreddit, title and post")
-    texts = [f" {summary['text'].strip()}" for summary in summaries]
-    return {"prompt": prompt, "chosen": texts[choice], "rejected": texts[1 - choice]}
+    except (TypeError, KeyError, AttributeError):
+        if not isinstance(info, dict) or info.get("article") is None:
+            raise ValueError(f"info is {_show(info)}; expected the texts subreddit, title and post") from None
+        prompt = ""  # a news article among the posts: another task, dropped and counted as an empty prompt
+    chosen, rejected = (second, first) if choice else (first, second)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _from_pairs(row: dict) -> dict:

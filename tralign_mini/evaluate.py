@@ -7,35 +7,31 @@ are something else: nobody sampled those from the policy.
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 
+from .adapters import eval_mode, using_initial
 from .checkpoint import quietly
 from .data import collate
-from .generate import Samples, eval_mode, sample
+from .generate import Samples, sample
 from .json_lines import write_rows
 from .logprobs import completion_logps
 from .models import load_base
 from .recipe import Recipe
-from .reference import using_initial
 from .worlds import gold_reward
 
 SCORED_AT_ONCE = 32  # sequences in one forward pass
 
 
-@contextmanager
-def initial_policy(policy: torch.nn.Module, recipe: Recipe):
+def initial_policy(policy: torch.nn.Module, recipe: Recipe) -> AbstractContextManager[torch.nn.Module]:
     """The policy that training began from: adapters switched back, or a full model loaded from disk."""
     if isinstance(policy, PeftModel):
-        with using_initial(policy) as initial:
-            yield initial
-    else:
-        with quietly():
-            initial = load_base(recipe.model, torch.float32).eval()
-        yield initial
+        return using_initial(policy)
+    with quietly():
+        return nullcontext(load_base(recipe.model, torch.float32).eval())
 
 
 def draw(model: torch.nn.Module, tokenizer, recipe: Recipe, prompts: list, *, seed: int,
@@ -63,21 +59,19 @@ class Evaluator:
         self.recipe, self.tokenizer, self.prompts = recipe, tokenizer, prompts
 
     def __call__(self, trainer, step: int) -> dict[str, float]:
-        recipe, pad = self.recipe, self.tokenizer.pad_token_id
+        recipe, policy, pad = self.recipe, trainer.policy, self.tokenizer.pad_token_id
         with trainer.accelerator.autocast():
-            samples = draw(trainer.policy, self.tokenizer, recipe, self.prompts, seed=recipe.seed + step)
-            policy_logps = sequence_logps(trainer.policy, samples.sequences, pad)
-            others = {"kl/initial": initial_policy(trainer.policy, recipe)}
+            texts, sequences = draw(policy, self.tokenizer, recipe, self.prompts, seed=recipe.seed + step)
+            policy_logps, row = sequence_logps(policy, sequences, pad), {}
+            others = {"kl/initial": initial_policy(policy, recipe)}
             if trainer.reference is not None:
                 others["kl/reference"] = trainer.reference.using()
-            row = {}
             for name, other in others.items():
                 with other as model:
-                    row[name] = (policy_logps - sequence_logps(model, samples.sequences, pad)).mean().item()
-        row["length/completion"] = sum(len(ids) for _, ids in samples.sequences) / len(samples.sequences)
+                    row[name] = (policy_logps - sequence_logps(model, sequences, pad)).mean().item()
+        row["length/completion"] = sum(len(ids) for _, ids in sequences) / len(sequences)
         if recipe.world:
-            rewards = gold_reward(recipe.world, self.prompts, samples.texts)
-            row["gold/reward"] = sum(rewards) / len(rewards)
+            row["gold/reward"] = sum(gold_reward(recipe.world, self.prompts, texts)) / len(texts)
         return row
 
 
@@ -102,7 +96,6 @@ def evaluate(run, *, prompts: int | None = None, seed: int | None = None) -> Pat
     from .runs import Run
 
     run = run if isinstance(run, Run) else Run(run)
-    held_out = run.held_out_prompts(prompts)
-    seed = run.recipe.seed if seed is None else seed
+    held_out, seed = run.held_out_prompts(prompts), run.recipe.seed if seed is None else seed
     write_samples(run.policy, run.recipe, run.tokenizer, held_out, run.directory / "samples.jsonl", seed=seed)
     return run.report()

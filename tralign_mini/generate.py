@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from .adapters import eval_mode
 from .tokens import prompt_ids
 
 
@@ -31,24 +33,23 @@ def sample(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequen
     """Sample one completion for each prompt (a string or a list of chat messages); temperature 0 is greedy.
 
     model: a causal LM of transformers or a PeftModel, as it stands (active adapter included). A completion
-    ends at the tokenizer's EOS or after `max_completion_tokens`, so it has at least one token. `sequences`
-    are the very tokens that were drawn: pass them to `data.collate` and `completion_logps`. The model's own
-    generation settings are not used. Same seed and same batch size: same samples. The global random state,
-    every module's train/eval mode and the model's settings are left as they were.
+    ends at the tokenizer's EOS or after `max_completion_tokens`. `sequences` are the very tokens that were
+    drawn. The model's own generation settings are not used. Same seed and same batch size: same samples. The
+    global random state, every module's train/eval mode and the model's settings are left as they were.
     """
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if max_completion_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_completion_tokens and batch_size must be at least 1, not "
                          f"{max_completion_tokens} and {batch_size}.")
     if not 0 <= temperature < inf:
-        raise ValueError(f"temperature={temperature} is not a number from 0 (greedy) up. 1 samples from the "
-                         "policy.")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no EOS token, so no completion could ever end. Set "
-                         "tokenizer.eos_token.")
-    prompt_tokens = [list(prompt_ids(tokenizer, prompt, max_prompt_tokens)) for prompt in prompts]
-    _check(prompt_tokens, max_completion_tokens, model.config)
+        raise ValueError(f"temperature={temperature} is not a number from 0 (greedy) up.")
+    if eos is None:
+        raise ValueError("The tokenizer has no EOS token, so no completion could end. Set one.")
+    prompt_tokens = [prompt_ids(tokenizer, prompt, max_prompt_tokens) for prompt in prompts]
+    if [] in prompt_tokens:
+        raise ValueError(f"Prompt {prompt_tokens.index([])} has no tokens to go on from. Drop it.")
+    refuse_too_long(model.config, max(map(len, prompt_tokens), default=0), max_completion_tokens)
 
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     pad = eos if pad is None else pad
     drawing = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     drawing |= {"max_new_tokens": max_completion_tokens, "eos_token_id": eos, "pad_token_id": pad}
@@ -62,28 +63,24 @@ def sample(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequen
         torch.manual_seed(seed)
         for start in range(0, len(longest_first), batch_size):
             batch = longest_first[start : start + batch_size]
-            width = len(prompt_tokens[batch[0]])
-            padding = [width - len(prompt_tokens[i]) for i in batch]
-            rows = [[pad] * k + prompt_tokens[i] for i, k in zip(batch, padding)]
-            mask = [[0] * k + [1] * (width - k) for k in padding]
-            ids, mask = torch.tensor(rows, device=device), torch.tensor(mask, device=device)
+            rows = [torch.tensor(prompt_tokens[i], device=device) for i in batch]
+            ids = pad_sequence(rows, True, pad, padding_side="left")
+            mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, padding_side="left")
             output = causal_lm.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-            for i, row in zip(batch, output[:, width:].tolist()):
+            for i, row in zip(batch, output[:, ids.shape[1] :].tolist()):
                 completions[i] = row[: row.index(eos) + 1] if eos in row else row
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
     return Samples(texts, list(zip(prompt_tokens, completions)))
 
 
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model without dropout; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def refuse_too_long(config, prompt_tokens: int, max_completion_tokens: int) -> None:
+    """ValueError beyond the model's positions, where it would fail or answer nonsense."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and prompt_tokens + max_completion_tokens > positions:
+        raise ValueError(
+            f"the longest prompt has {prompt_tokens} tokens, with {max_completion_tokens} more for an answer "
+            f"more than the {positions} positions of the model. Lower max_prompt_tokens to "
+            f"{max(positions - max_completion_tokens, 1)}, or max_completion_tokens.")
 
 
 @contextmanager
@@ -102,15 +99,3 @@ def _generating(model: nn.Module, settings: GenerationConfig) -> Iterator[nn.Mod
             yield causal_lm
     finally:
         causal_lm.generation_config = own
-
-
-def _check(prompt_tokens: list[list[int]], max_completion_tokens: int, config) -> None:
-    if [] in prompt_tokens:
-        raise ValueError(f"Prompt {prompt_tokens.index([])} has no tokens, so there is nothing to continue. "
-                         "Drop it.")
-    positions = getattr(config, "max_position_embeddings", None)
-    longest = max(map(len, prompt_tokens), default=0)
-    if positions and longest + max_completion_tokens > positions:
-        raise ValueError(f"The longest prompt has {longest} tokens; with max_completion_tokens="
-                         f"{max_completion_tokens} that is more than the model's {positions} positions. "
-                         f"Pass max_prompt_tokens={max(positions - max_completion_tokens, 1)} or less.")

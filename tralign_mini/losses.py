@@ -40,10 +40,8 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
     flipped labels, in [0, 0.5) (conservative DPO). ValueError for other values or shapes, beta <= 0.
     """
     beta = _positive("beta", beta)
-    if not (_is_number(label_smoothing) and 0 <= label_smoothing < 0.5):
-        raise ValueError(
-            f"label_smoothing = {label_smoothing!r}: it is the share of labels assumed to be flipped, so it "
-            "lies in [0, 0.5); at 0.5 the labels say nothing. Use 0 to trust every label.")
+    label_smoothing = _number("label_smoothing", label_smoothing, lambda share: 0 <= share < 0.5,
+                              "the share of labels assumed to be flipped, in [0, 0.5)")
     chosen_logratios, rejected_logratios = _logratios(
         policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     logits = beta * (chosen_logratios - rejected_logratios)
@@ -79,7 +77,10 @@ def kto_loss(policy_logps, reference_logps, desirable, kl, *, beta, desirable_we
     desirable_weight = _positive("desirable_weight", desirable_weight)
     undesirable_weight = _positive("undesirable_weight", undesirable_weight)
     policy_logps, reference_logps = _checked(policy_logps=policy_logps, reference_logps=reference_logps)
-    _check_desirable(desirable, policy_logps.shape)
+    is_mask = isinstance(desirable, torch.Tensor) and desirable.dtype == torch.bool
+    if not is_mask or desirable.shape != policy_logps.shape:
+        raise ValueError(f"desirable is {_describe(desirable)}, but it has to be a bool tensor of shape "
+                         f"{tuple(policy_logps.shape)}: True where the completion is desirable.")
     kl = _reference_point(kl)
     logratios = policy_logps - reference_logps
     # arXiv 2402.01306: lambda_y - v(x, y); 1 - sigmoid(x) = sigmoid(-x), precise in the tail
@@ -95,8 +96,8 @@ def orpo_loss(policy_chosen_logps, policy_rejected_logps, *, beta) -> Preference
     compared. beta is the paper's lambda. ValueError for other shapes, beta <= 0.
     """
     beta = _positive("beta", beta)
-    chosen, rejected = _checked(
-        policy_chosen_logps=policy_chosen_logps, policy_rejected_logps=policy_rejected_logps)
+    chosen, rejected = _checked(policy_chosen_logps=policy_chosen_logps,
+                                policy_rejected_logps=policy_rejected_logps)
     log_odds_ratio = (chosen - rejected) - (_log_1m_exp(chosen) - _log_1m_exp(rejected))
     losses = -chosen - beta * F.logsigmoid(log_odds_ratio)  # arXiv 2403.07691, eq. 6 and 7
     return _with_rewards(losses, beta * chosen, beta * rejected)
@@ -109,11 +110,9 @@ def simpo_loss(policy_chosen_logps, policy_rejected_logps, *, beta, gamma) -> Pr
     for other values or shapes, beta <= 0.
     """
     beta = _positive("beta", beta)
-    if not (_is_number(gamma) and 0 <= gamma < math.inf):
-        raise ValueError(f"gamma = {gamma!r}: it is the reward margin that is asked for, so it has to be a "
-                         "finite number >= 0. Use 0 to ask for none.")
-    chosen, rejected = _checked(
-        policy_chosen_logps=policy_chosen_logps, policy_rejected_logps=policy_rejected_logps)
+    gamma = _number("gamma", gamma, lambda margin: margin >= 0, "the margin asked for, a finite number >= 0")
+    chosen, rejected = _checked(policy_chosen_logps=policy_chosen_logps,
+                                policy_rejected_logps=policy_rejected_logps)
     losses = -F.logsigmoid(beta * (chosen - rejected) - gamma)  # arXiv 2405.14734, eq. 6
     return _with_rewards(losses, beta * chosen, beta * rejected)
 
@@ -124,8 +123,7 @@ def bradley_terry_loss(chosen_rewards, rejected_rewards) -> PreferenceLoss:
     Rewards (batch,) of a reward model, one number per completion. Adding a constant to all of a prompt's
     rewards changes nothing. ValueError for other shapes.
     """
-    chosen, rejected = _checked("rewards", "completion_rewards",
-                                chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
+    chosen, rejected = _checked(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
     return _with_rewards(-F.logsigmoid(chosen - rejected), chosen, rejected)  # arXiv 2203.02155, eq. 1
 
 
@@ -149,58 +147,43 @@ def _log_1m_exp(logps):
     return torch.log(-torch.expm1(logps.clamp(max=-1e-6)))
 
 
-def _checked(what="log-probabilities", made_by="completion_logps", /, **values):
+def _checked(**values):
     """The tensors in float32, in order; ValueError unless all are floating-point, of one shape (batch,)."""
     for name, value in values.items():
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            raise ValueError(
-                f"{name} is {_describe(value)}, but {what} are a floating-point tensor of shape "
-                f"(batch,). Token ids or labels are not {what}: {made_by} makes them.")
+            raise ValueError(f"{name} is {_describe(value)}, but it has to be a floating-point tensor of "
+                             "shape (batch,), as completion_logps and completion_rewards make them.")
         if value.ndim != 1:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}, but a loss takes one number per completion, "
-                "(batch,). Are these per-token log-probs? Sum them first, over the completion's tokens only.")
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, but a loss takes one number per "
+                             "completion, (batch,). Are these per-token log-probs? Sum them first.")
     shapes = {name: tuple(value.shape) for name, value in values.items()}
     if len(set(shapes.values())) > 1:
-        raise ValueError(
-            f"the shapes differ: {', '.join(f'{name} {shape}' for name, shape in shapes.items())}. Entry i "
-            "of each belongs to example i, so nothing is broadcast. Pass tensors of one length.")
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"the shapes differ: {found}. Entry i of each belongs to example i: no broadcast.")
     return [value.float() for value in values.values()]
-
-
-def _check_desirable(desirable, shape):
-    is_mask = isinstance(desirable, torch.Tensor) and desirable.dtype == torch.bool
-    if not is_mask or desirable.shape != shape:
-        raise ValueError(
-            f"desirable is {_describe(desirable)}, but it has to be a bool tensor of shape {tuple(shape)}: "
-            "True where the completion is desirable. Use torch.tensor(labels, dtype=torch.bool).")
 
 
 def _reference_point(kl):
     if isinstance(kl, torch.Tensor):
         if kl.ndim != 0:
-            raise ValueError(
-                f"kl is {_describe(kl)}, but the reference point is one number for the whole optimizer step. "
-                "Average the log-ratios of the mismatched pairs: logratios.mean().clamp(min=0).")
+            raise ValueError(f"kl is {_describe(kl)}, but the reference point is one number for the whole "
+                             "optimizer step: logratios.mean().clamp(min=0) over its mismatched pairs.")
         if kl.requires_grad:
-            raise ValueError("kl requires grad, but KTO does not differentiate through its reference point. "
-                             "Compute it under torch.no_grad(), or pass kl.detach().")
+            raise ValueError("kl requires grad, but KTO does not differentiate through its reference point: "
+                             "pass kl.detach().")
         kl = kl.item()
-    if not (_is_number(kl) and 0 <= kl < math.inf):
-        raise ValueError(f"kl = {kl!r}: it estimates a KL divergence, which is finite and never negative. "
-                         "Clamp the average of the mismatched log-ratios: logratios.mean().clamp(min=0).")
-    return float(kl)
+    return _number("kl", kl, lambda divergence: divergence >= 0, "an estimate of a KL divergence, finite and "
+                   "never negative: clamp the mean of the mismatched log-ratios at 0")
 
 
 def _positive(name, value):
-    if not (_is_number(value) and 0 < value < math.inf):
-        raise ValueError(f"{name} = {value!r}: it scales the loss, so it has to be a finite number > 0. "
-                         f"Pass, for example, {name}={1.0 if 'weight' in name else 0.1}.")
+    return _number(name, value, lambda number: number > 0, f"a finite number > 0, for example, {name}=0.1")
+
+
+def _number(name, value, fits, wanted):
+    if not isinstance(value, Real) or isinstance(value, bool) or not (math.isfinite(value) and fits(value)):
+        raise ValueError(f"{name} = {value!r}: it has to be {wanted}.")
     return float(value)
-
-
-def _is_number(value):
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _describe(value):

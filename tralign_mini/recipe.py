@@ -26,11 +26,9 @@ Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
-# The method that reads a setting; with another one, a value other than the default is reported as unused.
-USED_BY = {"label_smoothing": "dpo", "simpo_gamma": "simpo"}
-USED_BY |= {"desirable_weight": "kto", "undesirable_weight": "kto"}
-# whose loss has no margin that beta scales (ppo has kl_coef instead), or no log-probs
-UNUSED = {"sft": ("beta",), "ppo": ("beta",), "reward": ("beta", "logps")}
+# The methods that read a setting; with another one, a value other than the default is reported as unused.
+READ_BY = {"label_smoothing": ("dpo",), "simpo_gamma": ("simpo",), "desirable_weight": ("kto",),
+           "undesirable_weight": ("kto",), "beta": ("dpo", "ipo", "kto", "orpo", "simpo")}
 
 
 class Recipe(BaseModel):
@@ -147,19 +145,16 @@ class Recipe(BaseModel):
              f"data is missing: model={self.model} is not an embedded world ({', '.join(WORLDS)}), so say"
              " what to train on: hh, tldr, ultrafeedback, an embedded world, a name on the Hub or a file"),
             (reference != "fixed" and method in WITHOUT_REFERENCE,
-             f"reference={reference} with method={method}: {method} has no reference that could move; say"
-             " reference=fixed, or choose dpo, ipo or kto"),
+             f"reference={reference} with method={method}: {method} has no reference; say reference=fixed"),
             (reference == "hard" and self.alpha != 1,
-             f"reference=hard copies the policy, alpha={self.alpha} would be a soft update: say"
-             " reference=soft, or leave alpha out"),
+             f"reference=hard copies the policy, alpha={self.alpha} does not: say reference=soft"),
             (reference == "hard" and self.tau is None,
-             "reference=hard needs tau, the number of optimizer steps between two copies: the paper's is"
-             " 512, but it should fit several times into the run, for example tau=50"),
+             "reference=hard needs tau, the optimizer steps between two copies: the paper's is 512, but it"
+             " should fit several times into the run, for example tau=50"),
             (self.logps == "sum" and method in ("orpo", "simpo"),
              f"logps=sum with method={method}: {method} is defined with the mean over tokens; leave it out"),
             (method == "kto" and self.batch_size == 1,
-             "batch_size=1 with method=kto: its reference point pairs a prompt with a completion of another"
-             " prompt of the same step; say batch_size=2 or more"),
+             "batch_size=1 with method=kto: z0 needs a completion of another prompt of the step; take 2"),
             (divisor != micro,
              f"micro_batch_size={micro} does not divide batch_size={self.batch_size}: {divisor} does"),
             (self.reference_rank < self.lora_rank,
@@ -175,10 +170,9 @@ class Recipe(BaseModel):
         """A recipe from a shipped name, a YAML file, a run's directory, a mapping or a Recipe; overrides win.
 
         A value of the source that equals its derived default is derived again, so it follows the overrides:
-        lora_alpha a new lora_rank, output a new seed. alpha belongs to the kind of reference: the source's is
-        dropped when an override changes `reference`; tau stays. A `method` without a reference drops the
-        source's reference, alpha and tau; another `batch_size` lowers the source's micro_batch_size to what
-        divides it. Paths are relative to the working directory.
+        lora_alpha a new lora_rank, output a new seed. Another `reference` drops the source's alpha, a
+        `method` without one drops reference, alpha and tau; another `batch_size` lowers micro_batch_size to
+        what divides it.
         """
         if isinstance(source, Recipe):
             settings, title = source.model_dump(), "recipe"
@@ -237,15 +231,11 @@ class Recipe(BaseModel):
 
     def notes(self) -> list[str]:
         """What is allowed but may not be meant: settings that the run does not use, names that mislead."""
-        notes = [f"{key}={getattr(self, key):g} is not used: it belongs to method={method}"
-                 for key, method in USED_BY.items()
-                 if self.method != method and getattr(self, key) != type(self).model_fields[key].default]
-        notes += [f"{key}={getattr(self, key)} is not used: method={self.method} has no {key}"
-                  for key in UNUSED.get(self.method, ())
-                  if getattr(self, key) not in (type(self).model_fields[key].default, "sum")]
-        if self.reference == "fixed":
-            notes += [f"{key}={value:g} is not used: reference=fixed never moves"
-                      for key, value in (("alpha", self.alpha), ("tau", self.tau)) if value is not None]
+        notes = [f"{key}={getattr(self, key):g} is not used: method={self.method} has none"
+                 f" (method={', '.join(methods)} has)" for key, methods in READ_BY.items()
+                 if self.method not in methods and getattr(self, key) != Recipe.model_fields[key].default]
+        notes += [f"{key}={getattr(self, key):g} is not used: reference=fixed never moves"
+                  for key in ("alpha", "tau") if self.reference == "fixed" and getattr(self, key) is not None]
         if self.reference == "soft" and self.alpha == 1:
             notes.append("reference=soft with alpha=1 copies the policy: it is reference=hard")
         if self.max_steps and self.epochs != 1:
@@ -254,21 +244,16 @@ class Recipe(BaseModel):
 
     def plan(self, n_rows: int) -> Plan:
         """What a run does with `n_rows` prepared rows (pairs; kto, sft: completions). Raises RecipeError."""
-        unit = unit_of(self.method)
+        unit, batch = unit_of(self.method), f"less than one batch of batch_size={self.batch_size}"
         rows = self.train_pairs or n_rows
         steps = self.max_steps or Fraction(str(self.epochs)) * rows // self.batch_size
         if rows > n_rows:
-            problem = (f"train_pairs={rows}, but {self.data} has only {n_rows} {unit} to train on: lower it"
-                       " or leave it out")
-        elif rows < self.batch_size:
-            problem = (f"{self.data} has {rows} {unit} to train on, less than one batch of batch_size="
-                       f"{self.batch_size}: lower it")
-        elif steps < 1:
-            problem = (f"epochs={self.epochs:g} of {rows} {unit} is less than one batch of batch_size="
-                       f"{self.batch_size}: raise epochs or lower batch_size")
-        else:
-            return Plan(self, rows, steps, self.trust_region().updates(steps))
-        raise RecipeError([problem])
+            raise RecipeError([f"train_pairs={rows}, but {self.data} has only {n_rows} {unit}: lower it"])
+        if rows < self.batch_size:
+            raise RecipeError([f"{self.data} has {rows} {unit} to train on, {batch}: lower it"])
+        if steps < 1:
+            raise RecipeError([f"epochs={self.epochs:g} of {rows} {unit} is {batch}: raise epochs"])
+        return Plan(self, rows, steps, self.trust_region().updates(steps))
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:

@@ -13,15 +13,6 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-# What the same setting is called in TRL and transformers, for people who come from there.
-NAMES_ELSEWHERE = {"bf16": "dtype", "dataset": "data", "dataset_name": "data", "lora_r": "lora_rank",
-                   "loss_type": "method", "lr": "learning_rate", "lr_scheduler_type": "lr_scheduler",
-                   "max_completion_length": "max_completion_tokens", "max_prompt_length": "max_prompt_tokens",
-                   "model_name_or_path": "model", "num_train_epochs": "epochs", "output_dir": "output",
-                   "per_device_train_batch_size": "micro_batch_size", "ref_model_mixup_alpha": "alpha",
-                   "ref_model_sync_steps": "tau", "report_to": "tensorboard",
-                   "resume_from_checkpoint": "resume", "sync_ref_model": "reference"}
-
 # YAML 1.2's scalars, and none. Those of PyYAML (YAML 1.1) read 1e-6 as text, 010 as 8, 2024-01-01 as a date.
 SCALARS = {
     "null": r"(~|null|Null|NULL|none|None|)",
@@ -56,8 +47,7 @@ def read(source: str | os.PathLike) -> tuple[dict[str, Any], str]:
         title = f"recipe {file}"
         if not file.is_file():
             nearest, shipped = _nearest(name, shipped_recipes()), ", ".join(shipped_recipes())
-            raise RecipeError([f"there is no such file and no such recipe{nearest} (shipped are {shipped})."
-                               " Give one of these, a YAML file or a run's directory"], title)
+            raise RecipeError([f"there is no such file or recipe{nearest} (shipped are {shipped})"], title)
     try:
         settings = yaml.load(file.read_bytes().decode("utf-8"), Loader=_Loader)
     except UnicodeDecodeError:
@@ -125,10 +115,7 @@ def explain(error: ValidationError, fields: Mapping[str, Any]) -> list[str]:
 
 def _nearest(name: str, names: Iterable[str]) -> str:
     """Like ", did you mean 'tau'?", or nothing."""
-    names = list(names)
-    if NAMES_ELSEWHERE.get(name) in names:
-        return f", did you mean {NAMES_ELSEWHERE[name]!r}?"
-    return "".join(f", did you mean {best!r}?" for best in difflib.get_close_matches(name, names, 1))
+    return "".join(f", did you mean {best!r}?" for best in difflib.get_close_matches(name, list(names), 1))
 
 
 class _Loader(yaml.SafeLoader):

@@ -25,17 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .adapter_math import ROUNDING, best_rank, precise, product_norm
-from .adapters import (
-    POLICY,
-    add_copy,
-    averageable_layers,
-    copy_policy,
-    factors,
-    guard_4bit,
-    switched,
-    using_initial,  # noqa: F401  # its users find it here
-    write_factors,
-)
+from .adapters import POLICY, add_copy, averageable_layers, copy_policy, factors, switched, write_factors
 from .trust_region import TrustRegion, update_reference
 
 REFERENCE = "reference"
@@ -55,10 +45,9 @@ class FrozenReference:
 
     def __init__(self, policy: nn.Module):
         if isinstance(policy, PeftModel):
-            raise ValueError("The policy has adapters: a copy would double the base model and average A and B"
-                             " one by one, not the weights. Use AdapterReference(policy).")
-        method = getattr(policy, "quantization_method", None)
-        if method is not None:
+            raise ValueError("The policy has adapters: a copy would average A and B one by one, not the "
+                             "weights. Use AdapterReference(policy).")
+        if method := getattr(policy, "quantization_method", None):
             raise ValueError(f"The policy is quantised ({method.value}): codes can be neither trained nor "
                              "averaged. Load it unquantised, or train a LoRA adapter on it.")
         self.policy, self.updates = policy, 0
@@ -92,9 +81,9 @@ class FrozenReference:
 class AdapterReference:
     """An adapter `reference` beside the policy's adapter `default` on one base; starts as its exact copy.
 
-    policy: a `PeftModel` with plain LoRA on linear layers. rank: the reference's rank R, at least the
-    policy's r (the largest, if a pattern gives several); 4 r if None. Its factors are float32 and frozen, its
-    scaling is 1. ValueError for a policy of which the average of products B A would leave something out.
+    policy: a `PeftModel` with plain LoRA on linear layers; ValueError where the average of products B A would
+    leave something out. rank: the reference's R, at least the policy's (largest) r; 4 r if None. Its factors
+    are float32 and frozen, its scaling is 1.
     """
 
     def __init__(self, policy: PeftModel, *, rank: int | None = None):
@@ -102,19 +91,14 @@ class AdapterReference:
         largest = max(layer.r[POLICY] for layer in layers.values())
         rank = 4 * largest if rank is None else rank
         if rank < largest:
-            raise ValueError(f"rank={rank}: the reference could not hold a copy of the policy, whose rank "
-                             f"is {largest}. Give at least that; without `rank` it is {4 * largest}.")
-        guard_4bit(policy)  # a reference pass is a forward in eval mode, which spoils 4-bit weights
-        self.policy, self.rank, self.updates = policy, rank, 0
-        self._layers = layers
+            raise ValueError(f"rank={rank}: the reference could not hold a copy of the policy, whose rank is "
+                             f"{largest}. Leave rank out to get {4 * largest}.")
+        self.policy, self.rank, self.updates, self._layers = policy, rank, 0, layers
         self._used = add_copy(policy, layers, REFERENCE, rank)  # ranks in use; the factors are zero beyond
         self._errors = dict.fromkeys(layers, 0.0)  # bounds of the accumulated error, absolute Frobenius norms
 
     def using(self):
-        """A context with the policy's module *as* the reference, in eval mode, without gradients.
-
-        Inside, the policy itself is not there: what it has to say has to be computed before or after.
-        """
+        """A context with the policy's module *as* the reference, in eval mode, without gradients."""
         return switched(self.policy, REFERENCE)
 
     @torch.no_grad()
@@ -122,11 +106,10 @@ class AdapterReference:
         """B_ref A_ref <- alpha s B A + (1 - alpha) B_ref A_ref; alpha = 1 copies the factors.
 
         Exact while the ranks add up to R at most, then the best product of rank R. Returns Frobenius norms
-        relative to the update's, alpha |s B A - B_ref A_ref|, pooled over modules and (`..._worst`) of the
-        worst module: `reference/truncation_error` is t_k, what this update has cut off;
-        `reference/error_bound` is e_k = (1 - alpha) e_{k-1} + t_k, a bound of what all updates have. An
-        update below float32's resolution of the policy counts as that resolution. ValueError for an alpha
-        outside (0, 1] and for a policy that is not finite.
+        relative to the update's, alpha |s B A - B_ref A_ref| (at least float32's resolution of the policy),
+        pooled over modules and (`..._worst`) of the worst one: `reference/truncation_error` is t_k, what this
+        update has cut off; `reference/error_bound` is e_k = (1 - alpha) e_{k-1} + t_k, a bound of what all
+        have. ValueError for an alpha outside (0, 1] and for a policy that is not finite.
         """
         TrustRegion.soft(alpha)  # checks alpha
         self._check_factors()
@@ -228,20 +211,17 @@ def _load(folder: Path, tensors: dict[str, Tensor], **expected) -> dict:
         state = json.loads((folder / "reference.json").read_text())
         saved = load_file(folder / "reference.safetensors")
     except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"The reference saved in {folder} cannot be read ({error}): its files are damaged. "
-                         "Go on from an older checkpoint.") from error
-    unequal = [key for key in expected if state.get(key) != expected[key]]
-    wrong = [f"{key} is {state.get(key)} there, {expected[key]} here" for key in unequal]
-    wrong += [f"{name} is missing there" for name in tensors if name not in saved]
-    wrong += [f"{name} is unknown here" for name in saved if name not in tensors]
-    for name in sorted(tensors.keys() & saved.keys()):
-        there, here = ((tuple(tensor.shape), tensor.dtype) for tensor in (saved[name], tensors[name]))
-        if there != here:
-            wrong.append(f"{name} is {there} there, {here} here")
+        raise ValueError(f"The reference saved in {folder} cannot be read ({error}): it is damaged. Go on "
+                         "from an older checkpoint.") from error
+    def forms(named: dict[str, Tensor]) -> dict:
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in named.items()}
+
+    here, there = expected | forms(tensors), {key: state.get(key) for key in expected} | forms(saved)
+    wrong = [f"{key} is {there.get(key, 'missing')} there, {here.get(key, 'missing')} here"
+             for key in here | there if here.get(key) != there.get(key)]
     if wrong:
-        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-        raise ValueError(f"The reference saved in {folder} does not fit: {'; '.join(wrong[:3])}{more}. Make "
-                         "policy and reference with the settings of the run that saved it.")
+        raise ValueError(f"The reference saved in {folder} does not fit: {'; '.join(wrong[:3])}. Make policy "
+                         "and reference with the settings of the run that saved it.")
     for name, tensor in tensors.items():
         tensor.copy_(saved[name])
     return state

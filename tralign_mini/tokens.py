@@ -15,6 +15,7 @@ from typing import NamedTuple
 import datasets
 import jinja2
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 PAIRED_METHODS = ("dpo", "ipo", "orpo", "simpo", "reward")
 METHODS = (*PAIRED_METHODS, "kto", "sft")
@@ -59,7 +60,6 @@ def tokenize(tokenizer, prompt, completion, *, max_prompt_tokens: int, max_compl
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ValueError("The tokenizer has no EOS token, so no answer could end. Set tokenizer.eos_token.")
-
     before = prompt_ids(tokenizer, prompt)
     kept = _cut_left(before, max_prompt_tokens, tokenizer.bos_token_id)
     text = completion if isinstance(prompt, str) else _rendered_answer(tokenizer, prompt, completion)
@@ -101,9 +101,9 @@ def _render(tokenizer, messages: list[dict], *, add_generation_prompt: bool = Fa
     if not tokenizer.chat_template:
         raise ValueError("The data are chat messages, but the tokenizer has no chat template. Use an "
                          "instruct model, set tokenizer.chat_template, or give the data as texts.")
-    flags = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
-        return tokenizer.apply_chat_template(messages, **flags)
+        return tokenizer.apply_chat_template(messages, tokenize=False,
+                                             add_generation_prompt=add_generation_prompt)
     except jinja2.TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"The chat template refuses a conversation of {roles}: {error}.") from error
@@ -164,7 +164,7 @@ def prepare(dataset: datasets.Dataset, tokenizer, *, method: str, max_prompt_tok
     prompt_ids, completion_ids, of the chosen or desirable completions. Raises ValueError if the data do not
     fit the method or no row is left.
     """
-    columns = _check_columns(dataset, method)
+    columns = _columns_of(dataset, method)
     report = DataReport(method, max_prompt_tokens, max_completion_tokens, rows_in=len(dataset))
     limits = {"max_prompt_tokens": max_prompt_tokens, "max_completion_tokens": max_completion_tokens}
     rows, dropped, lengths = [], Counter(), defaultdict(list)
@@ -172,8 +172,8 @@ def prepare(dataset: datasets.Dataset, tokenizer, *, method: str, max_prompt_tok
         answers = _answers(row, method)
         reason = unusable(row["prompt"], answers)
         if not reason:
-            prompt = row["prompt"]
-            tokens = {name: tokenize(tokenizer, prompt, text, **limits) for name, text in answers.items()}
+            tokens = {name: tokenize(tokenizer, row["prompt"], answer, **limits)
+                      for name, answer in answers.items()}
             reason = _unusable_tokens(list(tokens.values()), tokenizer)
         if reason:
             dropped[reason] += 1
@@ -184,13 +184,13 @@ def prepare(dataset: datasets.Dataset, tokenizer, *, method: str, max_prompt_tok
         completions = {name: t.completion_ids for name, t in tokens.items()}
         for part, ids in {"prompt": first.prompt_ids, **completions}.items():
             lengths[part].append(len(ids))
+        prompt = {"prompt_ids": first.prompt_ids}
         if method in PAIRED_METHODS:
-            ids = {f"{name}_ids": ids for name, ids in completions.items()}
-            rows.append({"prompt_ids": first.prompt_ids} | ids)
+            rows.append(prompt | {f"{name}_ids": ids for name, ids in completions.items()})
         else:
             for name, ids in completions.items():
                 label = {"label": name == "chosen"} if method == "kto" else {}
-                rows.append({"prompt_ids": first.prompt_ids, "completion_ids": ids} | label)
+                rows.append(prompt | {"completion_ids": ids} | label)
     report.rows_out, report.dropped = len(rows), dict(dropped.most_common())
     report.mean_tokens = {part: sum(lengths[part]) / len(lengths[part]) for part in PARTS if part in lengths}
     if not rows:
@@ -198,24 +198,18 @@ def prepare(dataset: datasets.Dataset, tokenizer, *, method: str, max_prompt_tok
     return rows, report
 
 
-def _check_columns(dataset: datasets.Dataset, method: str) -> list[str]:
+def _columns_of(dataset: datasets.Dataset, method: str) -> list[str]:
     """The columns that `method` reads."""
     if method not in METHODS:
         raise ValueError(f"Unknown method {method!r}; expected one of {', '.join(METHODS)}.")
-    found = set(dataset.column_names)
-    paired, unpaired = list(PARTS), ["prompt", "completion", "label"]
-    if found >= set(paired):
-        return paired
-    if method in PAIRED_METHODS:
-        raise ValueError(f"Method {method!r} needs pairs, the columns {', '.join(paired)}; found "
-                         f"{', '.join(sorted(found))}. Use method=kto for completions with a label, "
-                         "method=sft for demonstrations, or give pairs.")
-    if found >= set(unpaired):
-        return unpaired
-    if method == "sft" and found >= {"prompt", "completion"}:
-        return ["prompt", "completion"]
-    raise ValueError(f"Method {method!r} needs the columns {', '.join(paired)}, or {', '.join(unpaired)}; "
-                     f"found {', '.join(sorted(found))}.")
+    forms = [PARTS] if method in PAIRED_METHODS else [PARTS, ("prompt", "completion", "label")]
+    forms += [("prompt", "completion")] if method == "sft" else []
+    for columns in forms:
+        if set(columns) <= set(dataset.column_names):
+            return list(columns)
+    raise ValueError(f"Method {method!r} needs the columns {', or '.join(map(', '.join, forms))}; found "
+                     f"{', '.join(sorted(dataset.column_names))}. Use method=kto for completions with a "
+                     "label, method=sft for demonstrations, or give pairs.")
 
 
 def _answers(row: dict, method: str) -> dict:
@@ -264,15 +258,9 @@ def collate(sequences: Iterable[tuple[list[int], list[int]]], pad_token_id: int)
     input_ids, attention_mask: (n, L) int64; completion_mask: (n, L) bool, True on completion tokens and EOS.
     """
     sequences = list(sequences)
-    if not sequences:
-        raise ValueError("There is nothing to collate; give at least one (prompt_ids, completion_ids).")
-    length = max(len(prompt) + len(completion) for prompt, completion in sequences)
-    input_ids = torch.full((len(sequences), length), pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    completion_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-    for row, (prompt, completion) in enumerate(sequences):
-        end = len(prompt) + len(completion)
-        input_ids[row, :end] = torch.tensor([*prompt, *completion], dtype=torch.long)
-        attention_mask[row, :end] = 1
-        completion_mask[row, len(prompt) : end] = True
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+    rows = [torch.tensor([*prompt, *completion], dtype=torch.long) for prompt, completion in sequences]
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    starts, ends = torch.tensor([[len(prompt) for prompt, _ in sequences], list(map(len, rows))])[..., None]
+    places = torch.arange(input_ids.shape[1])
+    return {"input_ids": input_ids, "attention_mask": (places < ends).long(),
+            "completion_mask": (starts <= places) & (places < ends)}

@@ -30,10 +30,9 @@ class TrustRegion:
         if self.alpha is None and self.tau is None:
             return
         _check_alpha(self.alpha)
-        if not _is_integer(self.tau) or self.tau < 1:
-            raise ValueError(
-                f"tau = {self.tau!r}: it counts the optimizer steps from one update of the reference to the "
-                "next, a whole number >= 1. For a reference that never moves: TrustRegion.fixed().")
+        if not isinstance(self.tau, Integral) or isinstance(self.tau, bool) or self.tau < 1:
+            raise ValueError(f"tau = {self.tau!r}: it counts optimizer steps from update to update, a whole "
+                             "number >= 1. For a reference that never moves: TrustRegion.fixed().")
 
     @classmethod
     def soft(cls, alpha: float, tau: int = 1) -> TrustRegion:
@@ -59,12 +58,10 @@ class TrustRegion:
 
     def is_due(self, step: int) -> bool:
         """Does the reference move after `step` finished optimizer steps? Not at 0: nothing was learnt yet."""
-        _check_steps("step", step)
         return self.tau is not None and step > 0 and step % self.tau == 0
 
     def updates(self, total_steps: int) -> int:
         """How often the reference moves in a run of `total_steps` optimizer steps."""
-        _check_steps("total_steps", total_steps)
         return 0 if self.tau is None else total_steps // self.tau
 
 
@@ -85,18 +82,16 @@ def update_reference(reference: nn.Module, policy: nn.Module, alpha: float) -> N
     for name, target, source in _matched(reference, policy):
         if alpha == 1 or not target.is_floating_point():
             copied.append((target, source))
-        elif target.element_size() >= 4:
-            alike = (target.dtype, target.device) == (source.dtype, source.device)
-            (fused if alike and isinstance(target, nn.Parameter) else single).append((target, source))
-        else:
+        elif target.element_size() < 4:
             raise ValueError(
                 f"the reference stores {name} in {target.dtype} and alpha = {alpha!r}: 16 bits lose small "
-                "steps (measured in bfloat16: 50 updates with alpha 0.1 cover 9 % of the way, with alpha "
-                "0.01 none). Store the reference in float32: reference.float(). (alpha = 1 only copies.)")
+                "steps (50 updates with alpha 0.1 cover 9 % of the way). Use reference.float().")
+        else:
+            alike = (target.dtype, target.device) == (source.dtype, source.device)
+            (fused if alike and isinstance(target, nn.Parameter) else single).append((target, source))
 
     if fused:
-        targets, sources = zip(*fused)
-        torch._foreach_lerp_(targets, sources, alpha)
+        torch._foreach_lerp_(*zip(*fused), alpha)
     for target, source in single:  # one at a time: never a second copy of the model
         source = source.to(target)
         moved = target.lerp(source, alpha)  # NaN where both are the same infinity
@@ -106,10 +101,7 @@ def update_reference(reference: nn.Module, policy: nn.Module, alpha: float) -> N
 
 
 def _matched(reference, policy):
-    """[(name, reference's tensor, policy's tensor)], tied ones once; ValueError if the modules differ."""
-    if reference is policy:
-        raise ValueError("reference and policy are one module, so the reference would follow every gradient "
-                         "step. Copy the policy once, before training: copy.deepcopy(policy).")
+    """[(name, reference's tensor, policy's tensor)], tied ones once; ValueError if they do not match."""
     targets, sources = _tensors(reference), _tensors(policy)
     if targets.keys() != sources.keys():
         raise ValueError(
@@ -118,24 +110,22 @@ def _matched(reference, policy):
             "can be averaged. Is one of them wrapped (DDP adds 'module.' to each name) or of another kind?")
     if different := [f"{name} {tuple(target.shape)} and {tuple(sources[name].shape)}"
                      for name, target in targets.items() if target.shape != sources[name].shape]:
-        raise ValueError(f"the shapes in reference and policy differ: {_first(different)}. Only modules of "
-                         "the same shapes can be averaged. Load both from one model, with one vocabulary.")
+        raise ValueError(f"the shapes in reference and policy differ: {_first(different)}. Load both from "
+                         "one model, with one vocabulary.")
     for name, tensor in [*targets.items(), *sources.items()]:
         _check_averageable(name, tensor)
-    policy_memory = {_storage(source) for source in sources.values()}
+    policy_memory = {_place(source)[:2] for source in sources.values()}
     matched = {}
     for name, target in targets.items():
         if target.numel() == 0:
             continue
-        if _storage(target) in policy_memory:
-            raise ValueError(
-                f"{name} of the reference shares its memory with the policy, so it would follow every "
-                "gradient step. Copy the policy once, before training: copy.deepcopy(policy).")
-        first_name, _, source = matched.setdefault(_place(target), (name, target, sources[name]))
+        if _place(target)[:2] in policy_memory:
+            raise ValueError(f"{name} of the reference shares its memory with the policy, so it would follow "
+                             "every gradient step. Copy the policy before training: copy.deepcopy(policy).")
+        first, _, source = matched.setdefault(_place(target), (name, target, sources[name]))
         if _place(source) != _place(sources[name]):
-            raise ValueError(
-                f"the reference ties {name} to {first_name} and the policy does not, so one tensor would "
-                "have to hold two averages. Make the reference a copy of this policy: copy.deepcopy(policy).")
+            raise ValueError(f"the reference ties {name} to {first} and the policy does not. Make the "
+                             "reference a copy of this policy: copy.deepcopy(policy).")
     return list(matched.values())
 
 
@@ -145,44 +135,28 @@ def _tensors(module):
     return parameters | dict(module.named_buffers(remove_duplicate=False))
 
 
-def _storage(tensor):
-    return tensor.device, tensor.untyped_storage().data_ptr()
-
-
 def _place(tensor):
     """Equal for two tensors in the same memory, also where they are two Python objects."""
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
+    storage = tensor.untyped_storage().data_ptr()
+    return tensor.device, storage, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def _check_averageable(name, tensor):
     # bitsandbytes by its class names: its codes can be stored in a floating-point dtype, too
     quantized = type(tensor).__name__ in ("Params4bit", "Int8Params")
     if quantized or (isinstance(tensor, nn.Parameter) and not tensor.is_floating_point()):
-        raise ValueError(
-            f"{name} is quantized ({type(tensor).__name__}, {tensor.dtype}): its numbers are codes, and an "
-            "average of codes is not the code of an average. Train an adapter on the quantized model and "
-            "use an adapter reference (AdapterReference), which averages adapters.")
+        raise ValueError(f"{name} is quantized ({type(tensor).__name__}, {tensor.dtype}): an average of "
+                         "codes is not the code of an average. Train an adapter on the quantized model and "
+                         "use an adapter reference (AdapterReference), which averages adapters.")
     if tensor.numel() and tensor.data_ptr() == 0:
-        raise ValueError(
-            f"{name} has no memory of its own here (offloaded to the meta device, or sharded as a "
-            f"{type(tensor).__name__}), so there is nothing to average. Load the whole model into memory.")
+        raise ValueError(f"{name} has no memory of its own here (offloaded to the meta device, or sharded as "
+                         f"a {type(tensor).__name__}). Load the whole model into memory.")
 
 
 def _check_alpha(alpha):
     if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 < alpha <= 1:
-        raise ValueError(
-            f"alpha = {alpha!r}: it is the weight of the policy in the new reference, a number in (0, 1], "
-            "where 1 is a hard update. For a reference that never moves: TrustRegion.fixed().")
-
-
-def _check_steps(name, value):
-    if not _is_integer(value) or value < 0:
-        raise ValueError(f"{name} = {value!r}: it counts finished optimizer steps, so it has to be a whole "
-                         "number >= 0. Pass Trainer's state.global_step, for example.")
-
-
-def _is_integer(value):
-    return isinstance(value, Integral) and not isinstance(value, bool)
+        raise ValueError(f"alpha = {alpha!r}: the weight of the policy in the new reference is in (0, 1]; 1 "
+                         "is a hard update. For a reference that never moves: TrustRegion.fixed().")
 
 
 def _first(names, limit=3):
