@@ -59,8 +59,7 @@ class Comparison:
 
 def compare(runs: Iterable) -> Comparison:
     """Table and figures of several runs (directories, or objects with `.directory`), from their files."""
-    one = isinstance(runs, (str, Path)) or hasattr(runs, "directory")
-    records = [read(run) for run in ([runs] if one else runs)]
+    records = list(map(read, directories_of(runs)))
     if not records:
         raise ValueError("There is nothing to compare: give the directory of at least one run.")
     named = dict(zip(names_of([record.directory for record in records]), records))
@@ -99,6 +98,12 @@ def _row(name: str, record: Record) -> dict:
     row |= {key: record.last(key) for key in ("kl/initial", "kl/reference")}
     row |= dict(zip(WINS, record.against_initial())) | record.numbers("policy")
     return row | {"rewards/accuracy": record.accuracy()}
+
+
+def directories_of(runs) -> list[Path]:
+    """Of one run or of several, each a path or an object with `.directory`."""
+    one = isinstance(runs, (str, Path)) or hasattr(runs, "directory")
+    return [Path(getattr(run, "directory", run)) for run in ([runs] if one else runs)]
 
 
 def names_of(directories: list[Path]) -> list[str]:
@@ -141,7 +146,7 @@ def _notes(table: pd.DataFrame, named: dict[str, Record], shared: dict | None) -
 def _at_equal_kl(named: dict[str, Record]) -> list[str]:
     """Gold reward of each run where it first reaches the KL that all of them reach, interpolated."""
     paths = {name: frontier(record) for name, record in named.items()}
-    common = min(distance.max(initial=0.0) for distance, _ in paths.values()) ** 2
+    common = min((distance**2).max(initial=0.0) for distance, _ in paths.values())
     if common <= 0:
         return []
     values = [f"{name} {gold_at(distance**2, gold, common):.2f}" for name, (distance, gold) in paths.items()]

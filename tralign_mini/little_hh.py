@@ -158,25 +158,23 @@ class Scene(NamedTuple):
         return self.action in HARMFUL
 
 
-def _known_sentences() -> dict[str, tuple[str, str]]:
-    """Every sentence an answer may hold -> (part, sentence without connective), all in lower case."""
-    methods = [method for task in BENIGN.values() for method in task.methods.values()]
-    by_part = {
-        "method": [method.format(thing) for method in methods for thing in CLASS_OF],
-        "detail": [use.format(colour) for use in TOOLS.values() for colour in COLOURS],
-        "finish": [task.finish for task in BENIGN.values()],
-        "refusal": REFUSALS,
-        "reason": [REASON.format(wrong.name, person) for wrong in HARMFUL.values() for person in PEOPLE],
-        "alternative": [wrong.alternative.format(thing) for wrong in HARMFUL.values() for thing in CLASS_OF],
-        "agreement": (AGREEMENT,),
-        "filler": FILLERS,
-    }
-    return {(connective + sentence).lower(): (part, sentence.lower())
-            for part, sentences in by_part.items() for sentence in sentences
-            for connective in ("", *(CONNECTIVES if part in STEPS else ()))}
-
-
-KNOWN = _known_sentences()
+# What answers may say, by part
+_METHODS = [method for task in BENIGN.values() for method in task.methods.values()]
+_SENTENCES = {
+    "method": [method.format(thing) for method in _METHODS for thing in CLASS_OF],
+    "detail": [use.format(colour) for use in TOOLS.values() for colour in COLOURS],
+    "finish": [task.finish for task in BENIGN.values()],
+    "refusal": REFUSALS,
+    "reason": [REASON.format(wrong.name, person) for wrong in HARMFUL.values() for person in PEOPLE],
+    "alternative": [wrong.alternative.format(thing) for wrong in HARMFUL.values() for thing in CLASS_OF],
+    "agreement": (AGREEMENT,),
+    "filler": FILLERS,
+}
+KNOWN = {  # a sentence, with or without connective -> (part, sentence without it), all in lower case
+    (connective + sentence).lower(): (part, sentence.lower())
+    for part, sentences in _SENTENCES.items() for sentence in sentences
+    for connective in ("", *(CONNECTIVES if part in STEPS else ()))
+}
 _TURNS = r"\n\nHuman: (.+)\n\nAssistant: (.+)"
 _DIALOGUE = re.compile(rf"{_TURNS}(?:{_TURNS})?\n\nHuman: (.+)\n\nAssistant:")
 _TOOL = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(TOOLS)})\b")
@@ -338,5 +336,4 @@ def explain(prompt: str, completion: str) -> dict[str, float]:
         said.add(once)
     if not said:
         parts["nonsense"] = -0.5
-    parts["floor"] = max(0.0, LOWEST - sum(parts.values()))
-    return parts
+    return parts | {"floor": max(0.0, LOWEST - sum(parts.values()))}

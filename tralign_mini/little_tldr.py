@@ -77,8 +77,9 @@ EMPTY_WORDS = _split("long story short, basically, anyway, so yeah, not sure wha
 
 _PROMPT = re.compile(r"SUBREDDIT: r/(\S+)\n\nTITLE: ([^\n]+)\n\nPOST: ([^\n]+)\n\nTL;DR:")
 _SEPARATOR = re.compile(r",?\s*\band\b|[;,.:!?\n]")
-_VERBS = {verb for verbs, _ in EVENTS.values() for verb in verbs}
-_OBJECTS = {thing for _, things in EVENTS.values() for thing in things}
+_VERBS, _OBJECTS = (sum(words, ()) for words in zip(*EVENTS.values()))
+# somebody did something, in this world's words; kinds may be mixed
+_EVENT = re.compile("({}) ({}) ({})|i ({})".format(*map("|".join, (PEOPLE, _VERBS, _OBJECTS, DECISIONS))))
 _SAYABLE = {line.rstrip(".").lower() for line in CHATTER} | set(EMPTY_WORDS)
 
 
@@ -153,15 +154,14 @@ def explain(prompt: str, completion: str) -> dict[str, float]:
             facts += 1
         elif clause in post.asides or clause in _SAYABLE or not clause:
             filler += 1
-        elif _is_event(clause):
+        elif _EVENT.fullmatch(clause):
             invented += 1
         else:
             filler += math.ceil(len(once) / 4)
         seen.add(clause)
     parts = {"facts": 1.0 * facts, "invented": 0.0 - invented, "filler": 0.0 - 0.5 * filler,
              "repetition": 0.0 - 0.5 * repetition}
-    parts["floor"] = max(0.0, LOWEST - sum(parts.values()))
-    return parts
+    return parts | {"floor": max(0.0, LOWEST - sum(parts.values()))}
 
 
 @lru_cache(maxsize=65536)
@@ -194,8 +194,7 @@ def distinct_prompts() -> int:
 
 
 def _event(who: str, kind: str, rng: random.Random) -> str:
-    verbs, things = EVENTS[kind]
-    return f"{who} {rng.choice(verbs)} {rng.choice(things)}"
+    return " ".join([who, *map(rng.choice, EVENTS[kind])])
 
 
 def _sentence(opening: str, clause: str) -> str:
@@ -217,15 +216,6 @@ def _after(sentence: str, openings: tuple[str, ...]) -> str | None:
     """The event that follows one of these openings, in lower case; None if there is none."""
     for opening in openings:
         clause = sentence.removeprefix(opening).removesuffix(".").lower()
-        if sentence.startswith(opening) and sentence.endswith(".") and _is_event(clause):
+        if sentence.startswith(opening) and sentence.endswith(".") and _EVENT.fullmatch(clause):
             return clause
     return None
-
-
-def _is_event(clause: str) -> bool:
-    """Whether the clause says that somebody did something, in this world's words (kinds may be mixed)."""
-    words = clause.split()
-    if clause.startswith("i ") and clause[2:] in DECISIONS:
-        return True
-    return (len(words) == 5 and " ".join(words[:2]) in PEOPLE and words[2] in _VERBS
-            and " ".join(words[3:]) in _OBJECTS)

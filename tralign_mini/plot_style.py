@@ -16,6 +16,19 @@ DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))  # runs of o
 MARKERS = "osD^"
 INK, PALE, FAINT = "#333333", "#767676", "#E3E3E3"
 LONGEST_LABEL = 28
+CURVES = {  # column of metrics.jsonl: title, label of the y axis
+    "loss": ("Loss", "mean over the batch"),
+    "rewards/margin": ("Reward margin", "chosen − rejected"),
+    "rewards/accuracy": ("Reward accuracy", "share of pairs"),
+    "logps/chosen": ("Log-probability of the completions", "nats"),
+    "kto/z0": ("KTO reference point z0", "nats"),
+    "reward/model": ("Reward of the samples", "reward model"),
+    "kl/sequence": ("KL to the reference, before each step", "nats a completion"),
+    "entropy": ("Entropy of the policy", "nats a token"),
+    "gold/reward": ("True quality", "gold reward"),
+    "kl/initial": ("KL to the initial policy", "nats a completion"),
+    "kl/reference": ("KL to the reference", "nats a completion"),
+}
 STEP = "optimizer step"
 
 
@@ -86,10 +99,12 @@ def initial_line(ax: Axes, initial_gold: float | None) -> None:
         ax.annotate("initial policy", (1, initial_gold), (-2, 4), fontsize=10.5, color=PALE, **look)
 
 
-def add_legend(figure: Figure, where: str, handles: list) -> None:
-    columns = 4 if max(len(handle.get_label()) for handle in handles) <= 12 else 2
+def add_legend(figure: Figure, where: str) -> None:
+    """Of all labels in the figure, each once."""
+    found = {handle.get_label(): handle for ax in figure.axes for handle in ax.get_legend_handles_labels()[0]}
+    columns = 4 if max(map(len, found), default=0) <= 12 else 2
     look = {"frameon": False, "fontsize": 12, "labelcolor": INK, "handlelength": 2.6}
-    figure.legend(handles=handles, loc=where, ncols=columns, **look)
+    figure.legend(handles=list(found.values()), loc=where, ncols=columns, **look)
 
 
 def small_print(figure: Figure, text: str) -> None:

@@ -16,25 +16,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from . import plot_style
 from .metrics import mean_interval
 from .overoptimization import law_through
-from .plot_style import COLORS, DASHES, MARKERS, STEP, initial_line, label_ends, new_axes, style_axes
+from .plot_style import COLORS, CURVES, DASHES, MARKERS, STEP, initial_line, label_ends, new_axes, style_axes
 
 MOST_UPDATES_DRAWN = 40
 DISTANCE = "√KL to the initial policy (√nats)"
-TRAINING = {  # title: label of the y axis, columns
-    "Loss": ("mean over the batch", ["loss"]),
-    "Reward margin": ("chosen − rejected", ["rewards/margin"]),
-    "Reward accuracy": ("share of pairs", ["rewards/accuracy"]),
-    "Log-probability of the completions": ("nats", ["logps/chosen", "logps/rejected"]),
-    "KTO reference point z0": ("nats", ["kto/z0"]),
-    "Reward of the samples": ("reward model", ["reward/model"]),
-    "KL to the reference, before each step": ("nats a completion", ["kl/sequence"]),
-    "Entropy of the policy": ("nats a token", ["entropy"]),
-}
+TRAINING = (["loss"], ["rewards/margin"], ["rewards/accuracy"], ["logps/chosen", "logps/rejected"],
+            ["kto/z0"], ["reward/model"], ["kl/sequence"], ["entropy"])  # the columns of each panel
 # what a policy that equals its reference, or the initial policy, scores
 ZERO = {"rewards/margin": 0, "rewards/accuracy": 0.5, "kto/z0": 0, "kl/initial": 0, "kl/reference": 0}
 
@@ -42,29 +33,29 @@ ZERO = {"rewards/margin": 0, "rewards/accuracy": 0.5, "kto/z0": 0, "kl/initial":
 def training_curves(history: pd.DataFrame) -> Figure:
     """Loss, reward margin and accuracy, log-probs (and KTO's z0) of one run over its steps; what was not
     logged is left out. Thin: each step. Bold: a running mean, which starts anew where the reference moves."""
-    panels = {title: [name for name in names if has(history, name)] for title, (_, names) in TRAINING.items()}
-    panels = {title: names for title, names in panels.items() if names}
+    panels = [names for names in TRAINING if any(has(history, name) for name in names)]
     if not panels:
-        known = ", ".join(name for _, names in TRAINING.values() for name in names)
-        raise ValueError(f"The history holds none of {known}. Its columns: {', '.join(map(str, history))}.")
+        known, columns = ", ".join(sum(TRAINING, [])), ", ".join(map(str, history))
+        raise ValueError(f"The history holds none of {known}. Its columns: {columns}.")
     color, window = COLORS[_kind(history)], max(len(history) // 20, 1)
     figure, axes = new_axes(len(panels), 5.6, 3.2, columns=2, sharex=True)
-    for ax, (title, names) in zip(axes, panels.items()):
-        lowest = ax in axes[-2:]
-        style_axes(ax, title, STEP if lowest else "", TRAINING[title][0])
+    for ax, names in zip(axes, panels):
+        (title, ylabel), lowest, ends = CURVES[names[0]], ax in axes[-2:], []
+        style_axes(ax, title, STEP if lowest else "", ylabel)
         ax.xaxis.set_tick_params(labelbottom=lowest)
         if title == "Reward accuracy":
             ax.set_ylim(-0.02, 1.02)
-        ends = []
         for name, dash in zip(names, DASHES):
             x, y = _points(history, name)
+            if not len(x):
+                continue
             smooth, marker = _running_mean(x, y, window, _updates(history)), "o" if len(x) <= 15 else None
             if window > 1:
                 ax.plot(x, y, color=color, lw=0.8, alpha=0.3, zorder=2)
             ax.plot(x, smooth, color=color, ls=dash, lw=2, zorder=3, marker=marker, ms=5)
             ends.append((smooth[-1], name.split("/")[-1], color))
         _frame(ax, history, names[0])
-        if len(TRAINING[title][1]) > 1:
+        if len(names) > 1:
             label_ends(ax, ends)
     _remark(figure, [f"bold: mean over {window} steps"] if window > 1 else [], history)
     return figure
@@ -73,23 +64,20 @@ def training_curves(history: pd.DataFrame) -> Figure:
 def kl_curves(history: pd.DataFrame) -> Figure:
     """KL to the initial policy and to the reference over the steps, on the policy's own samples; a method
     without a reference gets the first panel alone."""
-    titles = {"kl/initial": "KL to the initial policy"}
-    if has(history, "kl/reference"):
-        titles["kl/reference"] = "KL to the reference"
-    return _over_steps(history, titles, "nats per completion")
+    return _over_steps(history, ["kl/initial", "kl/reference"][:1 + has(history, "kl/reference")])
 
 
 def gold_curves(history: pd.DataFrame, initial_gold: float | None = None) -> Figure:
     """Mean gold reward of the policy's samples over the steps; the initial policy as a grey line."""
-    return _over_steps(history, {"gold/reward": "True quality over training"}, "gold reward", initial_gold)
+    return _over_steps(history, ["gold/reward"], initial_gold)
 
 
-def _over_steps(history: pd.DataFrame, titles: dict[str, str], ylabel: str, initial=None) -> Figure:
+def _over_steps(history: pd.DataFrame, columns: list[str], initial: float | None = None) -> Figure:
     """One line a run through its evaluations, with its name; a panel for each column, of the same limits."""
-    figure, axes = new_axes(len(titles), 6.2, 3.8, sharex=True, sharey=True)
+    figure, axes = new_axes(len(columns), 6.2, 3.8, sharex=True, sharey=True)
     ends = {ax: [] for ax in axes}
-    for ax, (column, title) in zip(axes, titles.items()):
-        style_axes(ax, title, STEP, ylabel)
+    for ax, column in zip(axes, columns):
+        style_axes(ax, CURVES[column][0], STEP, CURVES[column][1])
         ax.yaxis.set_tick_params(labelleft=True)
         initial_line(ax, initial)
         for name, kind, look, rows in _runs(history):
@@ -113,7 +101,6 @@ def overoptimization(history: pd.DataFrame, initial_gold: float | None = None) -
     figure, [ax] = new_axes(1, 7.6, 4.4)
     style_axes(ax, "True quality against distance", DISTANCE, "gold reward")
     initial_line(ax, initial_gold)
-    handles = []
     for name, kind, look, rows in _runs(history):
         rows = rows.reindex(columns=["step", "kl/initial", "gold/reward"]).dropna().sort_values("step")
         if rows.empty:
@@ -122,10 +109,9 @@ def overoptimization(history: pd.DataFrame, initial_gold: float | None = None) -
         if initial_gold is not None:
             ax.plot([0, x[0]], [initial_gold, y[0]], color=COLORS[kind], lw=1.2, alpha=0.35, zorder=2)
         ax.plot(x, y, lw=1.8, ms=4.5, mew=0.6, zorder=3, **look)
-        ax.plot(x[-1], y[-1], ms=11, mew=1.5, zorder=4, **look)
-        handles.append(Line2D([], [], label=plot_style.shortened(name), lw=2, ms=8, **look))
-    if handles and "run" in history:
-        plot_style.add_legend(figure, "outside lower left", handles)
+        ax.plot(x[-1], y[-1], lw=1.8, ms=11, mew=1.5, zorder=4, label=plot_style.shortened(name), **look)
+    if "run" in history:
+        plot_style.add_legend(figure, "outside lower left")
     if initial_gold is not None:
         ax.plot(0, initial_gold, color=COLORS["initial"], marker="o", ms=9, mec="white", mew=1.5, zorder=4)
     ax.set_xlim(left=-0.01 * ax.get_xlim()[1])  # a line that starts at 0 is seen whole
@@ -155,8 +141,7 @@ def frontiers(panels: dict[str, pd.DataFrame], columns: int = 2) -> Figure:
                 ax.plot(end, gold, lw=2.6, marker="o", ms=11, mec="white", mew=1.5, label=kind, **look)
         low, room = table["gold"].min(), 0.1 * np.ptp(table["gold"])  # of the runs: a bar may be long
         ax.set(xlim=(-0.01 * ax.get_xlim()[1], None), ylim=(low - room, low + 11 * room))
-    by_kind = {handle.get_label(): handle for ax in axes for handle in ax.get_legend_handles_labels()[0]}
-    plot_style.add_legend(figure, "outside upper left", list(by_kind.values()))
+    plot_style.add_legend(figure, "outside upper left")
     return figure
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..metrics import at_equal_length, mean_interval, outcomes
 from ..plot_style import COLORS, INK, PALE, new_figure, style_axes
-from .panel import WIDTH, Panel, heading, number
+from .panel import WIDTH, Panel, number
 
 WAYS = {"asked once": ("soft", "^"), "in both orders": ("fixed", "o"),
         "both orders,\nat equal length": ("hard", "s")}
@@ -57,15 +57,13 @@ class JudgeExplorer(Panel):
         self.noise = number("noise", 1.0, 0, 4, 0.25, ".2f")
         figure = new_figure(WIDTH, 4.8)
         self.axes = left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
-        style_axes(left, "", "true win rate of the run", "reported win rate")
-        heading(left, "What the judge reports")
+        style_axes(left, "What the judge reports", "true win rate of the run", "reported win rate", pad=30)
         left.plot([0, 1], [0, 1], color=INK, lw=1, ls="--")
         left.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
         for name, (color, marker) in WAYS.items():
             left.plot([], [], marker, color=COLORS[color], label=name)
         left.legend(frameon=False, fontsize=11.5, loc="lower right")
-        style_axes(right, "", "reported − true, mean over the runs", "")
-        heading(right, "Mean error")
+        style_axes(right, "Mean error", "reported − true, mean over the runs", "", pad=30)
         right.axvline(0, color=INK, lw=1, ls="--")
         right.set(xlim=(-0.3, 0.65), ylim=(-0.6, 2.6))
         right.set_yticks(range(3), list(WAYS))

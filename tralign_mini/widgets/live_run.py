@@ -20,18 +20,13 @@ from matplotlib.figure import Figure
 from ..changes import read_changes, region_at
 from ..json_lines import read_rows
 from ..plan import WITHOUT_REFERENCE
-from ..plot_style import COLORS, DASHES, INK, STEP, style_axes
+from ..plot_style import COLORS, CURVES, DASHES, INK, STEP, style_axes
 from ..plots import MOST_UPDATES_DRAWN
 from ..recipe import Recipe
 from ..trust_region import TrustRegion
 from .panel import WIDTH, Panel, alpha_slider, around, region, tau_slider
 
-PANELS = {  # title: label of the axis, columns
-    "Loss": ("mean over the batch", ["loss"]),
-    "Reward margin": ("chosen − rejected", ["rewards/margin"]),
-    "KL to the initial policy (dashed: reference)": ("nats", ["kl/initial", "kl/reference"]),
-    "True quality": ("gold reward", ["gold/reward"]),
-}
+PANELS = (["loss"], ["rewards/margin"], ["kl/initial", "kl/reference"], ["gold/reward"])
 BETWEEN_PICTURES = 0.4  # seconds: drawing takes time from training
 
 
@@ -56,31 +51,31 @@ class LiveRun(Panel):
         self.state = "ready" if not done else "finished" if done == self.total() else "stopped"
         now = region_at(read_changes(self.directory), done, self.recipe.trust_region())
         self.alpha, self.tau = alpha_slider(now.alpha or 0.0), tau_slider(now.tau or 16)
-        look = {"layout": {"width": "110px"}}
-        self.start_button = ipywidgets.Button(icon="play", button_style="success", **look)
-        self.pause_button = ipywidgets.Button(description="Pause", icon="pause", **look)
-        self.stop_button = ipywidgets.Button(description="Stop", icon="stop", **look)
-        self.bar, self.status = ipywidgets.IntProgress(layout={"width": "400px"}), ipywidgets.HTML()
-        buttons = {self.start_button: self.start, self.pause_button: self.pause, self.stop_button: self.stop}
-        for button, action in buttons.items():
+        actions = {"play": self.start, "pause": self.pause, "stop": self.stop}
+        buttons = [ipywidgets.Button(description=icon.title(), icon=icon, layout={"width": "110px"})
+                   for icon in actions]
+        self.start_button, self.pause_button, self.stop_button = buttons
+        self.start_button.button_style = "success"
+        for button, action in zip(buttons, actions.values()):
             button.on_click(lambda button, action=action: action())
+        self.bar, self.status = ipywidgets.IntProgress(layout={"width": "400px"}), ipywidgets.HTML()
         figure = Figure(figsize=(WIDTH, 5.6), facecolor="white")
         figure.subplots_adjust(left=0.075, right=0.985, top=0.94, bottom=0.1, wspace=0.19, hspace=0.34)
         self.axes = figure.subplots(2, 2).ravel()
-        for ax, (title, (ylabel, _)) in zip(self.axes, PANELS.items()):
+        for ax, columns in zip(self.axes, PANELS):
+            title, ylabel = CURVES[columns[0]]
+            title += " (dashed: reference)" * (len(columns) > 1)
             style_axes(ax, title, STEP if ax.get_subplotspec().is_last_row() else "", ylabel)
             ax.set_ylim(0, 1)
         super().__init__([[*buttons, self.bar], [self.alpha, self.tau], [self.status]], [], figure)
 
     def start(self) -> None:
         """Start, go on after a pause, or go on after a stop, from the last checkpoint."""
-        going = self._thread is not None and self._thread.is_alive()
-        if not going:
-            self._stop.clear()
-            self._thread = threading.Thread(target=self._train, daemon=True)
         self._go.set()
         self._say("running")
-        if not going:
+        if self._thread is None or not self._thread.is_alive():
+            self._stop.clear()
+            self._thread = threading.Thread(target=self._train, daemon=True)
             self._thread.start()
 
     def pause(self) -> None:
@@ -158,7 +153,7 @@ class LiveRun(Panel):
         spans = [(kind, [row["step"] for row in group]) for kind, group in groupby(
             rows, lambda row: TrustRegion(row["alpha"], row["tau"]).kind)]
         begins, ends = [steps[0] - 1 for _, steps in spans], [steps[-1] for _, steps in spans]
-        for ax, (_, columns) in zip(self.axes, PANELS.values()):
+        for ax, columns in zip(self.axes, PANELS):
             ax.set_xlim(0, 1.015 * (total or max(100, len(rows))))
             curves = [_measured(rows, column) for column in columns]
             values = [value for points in curves for _, value in points]
@@ -173,16 +168,15 @@ class LiveRun(Panel):
 
     def _show_state(self, rows: list[dict], total: int | None) -> None:
         """Buttons, bar, and the lines below them."""
-        state, changes = self.state, read_changes(self.directory)
+        state, changes, step = self.state, read_changes(self.directory), len(rows)
         self.start_button.description = "Resume" if rows or state == "paused" else "Start"
         self.start_button.disabled = state in ("running", "finished")
         self.pause_button.disabled = state != "running"
         self.stop_button.disabled = state not in ("running", "paused")
-        self.bar.max, self.bar.value = total or max(100, len(rows)), len(rows)
-        said = [f"<b>{state}</b>, step {len(rows)} of {total or '…'}"]
-        names = {"loss": "loss", "margin": "rewards/margin", "KL": "kl/initial", "gold": "gold/reward"}
-        for name, column in names.items():
-            said += [f"{name} {value:.2f}" for _, value in _measured(rows, column)[-1:]]
+        self.bar.max, self.bar.value = total or max(100, step), step
+        said = [f"<b>{state}</b>, step {step} of {total or '…'}"]
+        for column in ("loss", "rewards/margin", "kl/initial", "gold/reward"):
+            said += [f"{column} {value:.2f}" for _, value in _measured(rows, column)[-1:]]
         said += [f"the reference moved {row['reference_updates']} times" for row in rows[-1:]]
         history = [f"from step {step}: " + (f"α {new.alpha:g}, τ {new.tau}" if new.alpha else "fixed")
                    for step, new in changes]

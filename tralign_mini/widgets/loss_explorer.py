@@ -8,13 +8,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..plot_style import COLORS, INK, new_figure, style_axes
+from ..plot_style import COLORS, INK, new_axes, style_axes
 from ..toy import METHODS, along_margin
 from ..toy_plots import draw_jump
-from .panel import WIDTH, Panel, alpha_slider, beta_slider, choice, heading, number, region
+from .panel import WIDTH, Panel, alpha_slider, beta_slider, choice, number, region
 
 REACH = (-15.0, 45.0)  # of the margin
-TITLES = {"loss": "Loss L(h)", "gradient": "Gradient dL/dh", "curvature": "Curvature d²L/dh²"}
+TITLES = ("Loss L(h)", "Gradient dL/dh", "Curvature d²L/dh²")
 # For each loss and axes: the power of beta in whose units every beta has the same heights, limits, ticks
 UNITS = {
     "dpo": [(0, (-0.1, 3.2), {0: "0", np.log(2): "log 2", 2: "2", 3: "3"}),
@@ -27,12 +27,6 @@ UNITS = {
             (1, (-0.135, 0.01), {-0.125: "−β/8", 0: "0"}),
             (2, (-0.028, 0.028), {-0.02: "−β²/50", 0: "0", 0.02: "β²/50"})],
 }
-
-
-def curves(method: str, beta: float, margin) -> dict[str, np.ndarray]:
-    """loss, gradient and curvature at each margin, by `toy.along_margin`."""
-    found = along_margin(method, *(torch.as_tensor(x, dtype=torch.float64) for x in (margin, beta)))
-    return {name: values.numpy() for name, values in found._asdict().items()}
 
 
 def jump(margin: float, alpha: float) -> list[float]:
@@ -50,11 +44,9 @@ class LossExplorer(Panel):
     def __init__(self):
         self.margin, self.alpha = number("h: margin before", 30, -10, 40, 1), alpha_slider(1.0)
         self.beta, self.loss = beta_slider(0.1), choice({method.upper(): method for method in METHODS}, "dpo")
-        figure = new_figure(WIDTH, 3.9)
-        self.axes = figure.subplots(1, 3)
-        for ax, title in zip(self.axes, TITLES.values()):
-            style_axes(ax, "", "margin h (nats)", "")
-            heading(ax, title)
+        figure, self.axes = new_axes(3, WIDTH / 3, 3.5)
+        for ax, title in zip(self.axes, TITLES):
+            style_axes(ax, title, "margin h (nats)", "", pad=30)
             ax.set_xlim(*REACH)
             ax.axvline(0, color="#BBBBBB", lw=1, zorder=1)
             ax.axhline(0, color="#BBBBBB", lw=1, zorder=1)
@@ -63,14 +55,13 @@ class LossExplorer(Panel):
 
     def draw(self) -> None:
         method, beta, alpha = self.loss.value, self.beta.value, self.alpha.value
-        h, ends = np.linspace(*REACH, 400), jump(self.margin.value, alpha)
-        heights, values = curves(method, beta, h), curves(method, beta, ends)
-        color = COLORS[region(alpha, 1).kind]
-        for ax, name, (power, limits, ticks) in zip(self.axes, TITLES, UNITS[method]):
+        color, ends = COLORS[region(alpha, 1).kind], jump(self.margin.value, alpha)
+        h, margins = torch.linspace(*REACH, 400), torch.tensor(ends, dtype=torch.float64)
+        shapes, jumps = along_margin(method, h, beta), along_margin(method, margins, beta)
+        for ax, shape, values, (power, limits, ticks) in zip(self.axes, shapes, jumps, UNITS[method]):
             ax.set_ylim(*limits)
             ax.set_yticks(list(ticks), list(ticks.values()))
-            ax.plot(h, heights[name] / beta ** power, color=INK, lw=2.4)
-            draw_jump(ax, *zip(ends, np.clip(values[name] / beta ** power, *limits)), color)
-            text = "{:.3g} → {:.3g}".format(*values[name]).replace("-", "−")
-            look = {"color": color, "fontsize": 13, "fontweight": "bold"}
-            ax.text(0, 1.04, text, transform=ax.transAxes, **look)
+            ax.plot(h, shape / beta**power, color=INK, lw=2.4)
+            draw_jump(ax, *zip(ends, (values / beta**power).clip(*limits).tolist()), color)
+            look = {"color": color, "fontsize": 13, "fontweight": "bold", "transform": ax.transAxes}
+            ax.text(0, 1.04, "{:.3g} → {:.3g}".format(*values).replace("-", "−"), **look)

@@ -22,12 +22,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from ..plot_style import INK
 from ..trust_region import TrustRegion
 
 DPI, WIDTH = 92, 11.2  # of all figures, the width in inches: as wide as a notebook's cell on a projector
 ROOM = {"width": "100%", "max_width": f"{DPI * WIDTH:.0f}px"}
 CONTROL = {"style": {"description_width": "180px"}, "layout": {"width": "495px"}}  # two in a row
+ALPHA, TAU = "α: weight of the policy", "τ: steps between updates"
 TAUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 BETAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 DRAWING = threading.Lock()  # matplotlib's caches are shared by all threads
@@ -54,10 +54,8 @@ class Worker:
 
 
 class Picture:
-    """A figure that is drawn again and again: what it has at first only once, what is added later on top.
-
-    What it has at first is drawn anew when limits, titles or tick labels of the axes have changed.
-    """
+    """A figure that is drawn again and again: what is added later on top of what it has at first, which is
+    drawn anew only when limits, titles or tick labels of the axes have changed."""
 
     def __init__(self, figure: Figure):
         figure.set_dpi(DPI)
@@ -68,7 +66,7 @@ class Picture:
         return [artist for parent in (self.figure, *self.figure.axes) for artist in parent.get_children()]
 
     def added(self) -> list[Artist]:
-        """What was added since the beginning, the lowest first."""
+        """The lowest first."""
         new = [artist for artist in self._artists() if artist not in self._first]
         return sorted(new, key=Artist.get_zorder)
 
@@ -174,11 +172,11 @@ def one_of(description: str, values, value):
 
 def alpha_slider(value: float):
     """0 is a reference that never moves, 1 a hard update."""
-    return number("α: weight of the policy", value, 0, 1, 0.05, ".2f")
+    return number(ALPHA, value, 0, 1, 0.05, ".2f")
 
 
 def tau_slider(value: int, taus=TAUS):
-    return one_of("τ: steps between updates", taus, value)
+    return one_of(TAU, taus, value)
 
 
 def beta_slider(value: float, betas=BETAS):
@@ -201,8 +199,3 @@ def around(values) -> tuple[float, float]:
     """Round numbers that enclose all values: limits of axes that change seldom."""
     ticks = MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(min(values), max(values))
     return ticks[0], ticks[-1]
-
-
-def heading(ax, title: str) -> None:
-    """A title that leaves room for a line of numbers below it."""
-    ax.set_title(title, loc="left", fontsize=13.5, fontweight="bold", color=INK, pad=30)

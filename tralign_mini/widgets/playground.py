@@ -7,11 +7,11 @@ much more likely training has made this very answer.
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
 
 import ipywidgets
 
-from ..plot_style import COLORS, INK, PALE, new_figure, png, shortened
+from ..comparison import directories_of, names_of
+from ..plot_style import COLORS, INK, PALE, new_figure, png, shortened, small_print
 from ..record import prompt_text, read
 from .panel import CONTROL, DPI, DRAWING, WIDTH, Panel, number
 
@@ -34,16 +34,15 @@ class Playground(Panel):
         from ..runs import Run
 
         if not isinstance(runs, dict):
-            runs = [runs] if isinstance(runs, (str, Path)) or hasattr(runs, "directory") else runs
-            runs = {Path(getattr(run, "directory", run)).resolve().name: run for run in runs}
+            directories = directories_of(runs)
+            runs = dict(zip(names_of(directories), directories))
         if not runs:
             raise ValueError("There is no run to ask: give the directories of one or more.")
-        self.runs = {name: Run(Path(getattr(run, "directory", run))) for name, run in runs.items()}
+        self.runs = {name: Run(*directories_of(run)) for name, run in runs.items()}
         self.answers, self._policies, self.checkpoints = {}, {}, {}  # policies: run -> (checkpoint, policy)
         models = sorted({run.recipe.model for run in self.runs.values()})
         if len(models) > 1:
-            raise ValueError(f"These runs began from different models ({', '.join(models)}), so there is no "
-                             "one SFT model to compare them with. Give runs of one `model`.")
+            raise ValueError(f"The runs began from different models: {', '.join(models)}. Give runs of one.")
         for name, run in self.runs.items():
             found = [(folder.name, folder) for folder in checkpoints(run.directory)]
             if not found:
@@ -78,30 +77,27 @@ class Playground(Panel):
 
     def answer(self, text: str) -> dict[str, dict]:
         """The answers of all, with the seed and temperature of the controls."""
-        from ..evaluate import initial_policy, sequence_logps
-        from ..generate import sample
+        from ..evaluate import draw, initial_policy, sequence_logps
         from ..worlds import gold_reward
 
         if not text.strip():
             raise ValueError("The prompt is empty: type one, or choose a held-out one.")
-        policies = {name: self._policy(name) for name in self.runs}
         run = next(iter(self.runs.values()))
-        recipe, pad = run.recipe, run.tokenizer.pad_token_id
         prompt = [{"role": "user", "content": text}] if self._chat else text
         how = {"temperature": self.temperature.value, "seed": int(self.seed.value)}
-        how |= {key: getattr(recipe, key) for key in ("max_prompt_tokens", "max_completion_tokens")}
-        drawn = {name: sample(policy, run.tokenizer, [prompt], **how) for name, policy in policies.items()}
-        with initial_policy(next(iter(policies.values())), recipe) as initial:
-            drawn = {FIRST: sample(initial, run.tokenizer, [prompt], **how)} | drawn
-            sequences = [samples.sequences[0] for samples in drawn.values()]
+        policies = {name: self._policy(name) for name in self.runs}
+        drawn = {name: draw(policy, run.tokenizer, run.recipe, [prompt], **how)
+                 for name, policy in policies.items()}
+        with initial_policy(next(iter(policies.values())), run.recipe) as initial:
+            drawn = {FIRST: draw(initial, run.tokenizer, run.recipe, [prompt], **how)} | drawn
+            sequences, pad = [samples.sequences[0] for samples in drawn.values()], run.tokenizer.pad_token_id
             before = sequence_logps(initial, sequences, pad)
-        after = {name: sequence_logps(policy, sequences, pad) for name, policy in policies.items()}
-        ratios = {name: (logps - before).tolist() for name, logps in after.items()}
-        answers = {}
+        ratios = {name: sequence_logps(policy, sequences, pad) - before for name, policy in policies.items()}
+        world, answers = run.recipe.world, {}
         for i, (name, samples) in enumerate(drawn.items()):
-            gold = gold_reward(recipe.world, [text], samples.texts)[0] if recipe.world else None
+            gold = gold_reward(world, [text], samples.texts)[0] if world else None
             answers[name] = {"text": samples.texts[0].strip(), "gold": gold,
-                             "log_ratios": {run: ratios[run][i] for run in ratios}}
+                             "log_ratios": {run: values[i].item() for run, values in ratios.items()}}
         return answers
 
     def _policy(self, name: str):
@@ -146,6 +142,5 @@ class Playground(Panel):
             ax.spines[:].set_visible(False)
             ax.margins(x=0.3)
         axes[0].invert_yaxis()  # of all
-        look = {"x": 0.99, "ha": "right", "fontsize": 10.5, "color": PALE}
-        figure.supxlabel("bars: log-ratio to SFT (nats), under each run's policy", **look)
+        small_print(figure, "bars: log-ratio to SFT (nats), under each run's policy")
         return figure

@@ -2,8 +2,7 @@
 
 A policy with two parameters, log-linear, so that a pair's margin is h = features . (policy - reference),
 learns five pairs by DPO. Four are about the first parameter, and one of these is labelled wrongly; the fifth
-is about the second. The reference moves by the package's own rule (arXiv 2404.09656). An illustration,
-not a measurement.
+is about the second. The reference moves as in arXiv 2404.09656. An illustration, not a measurement.
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from matplotlib.colors import LinearSegmentedColormap
 
 from ..plot_style import COLORS, DASHES, INK, STEP, new_figure, style_axes
-from ..trust_region import TrustRegion, update_reference
-from .panel import WIDTH, Panel, alpha_slider, beta_slider, number, region, tau_slider
+from ..trust_region import TrustRegion
+from .panel import WIDTH, Panel, alpha_slider, beta_slider, region, tau_slider
 
 # features of the chosen minus those of the rejected completion
 PAIRS = np.array([[3.0, 0.0], [3.0, 0.0], [3.0, 0.0], [-3.0, 0.0], [0.0, 0.6]])
@@ -46,32 +44,25 @@ def pull(policy: np.ndarray, reference: np.ndarray, beta: float) -> np.ndarray:
 
 
 def walk(trust_region: TrustRegion, beta: float, steps: int = STEPS) -> Walk:
-    """Gradient descent from the origin, with the package's `is_due` and `update_reference`."""
-    policy, reference = (torch.nn.Linear(2, 1, bias=False, dtype=torch.float64) for _ in "pr")
-    here, there = (module.weight.detach().numpy()[0] for module in (policy, reference))  # shared memory
-    here[:] = there[:] = 0
-    policies, references = [here.copy()], [there.copy()]
-    for step in range(1, steps + 1):
-        here -= RATE / beta * gradient(here, there, beta)
-        if trust_region.is_due(step):
-            update_reference(reference, policy, trust_region.alpha)
-        policies.append(here.copy())
-        references.append(there.copy())
-    policies, references = np.stack(policies), np.stack(references)
-    margin = ((policies - references) @ PAIRS.T).mean(1)
-    return Walk(policies, references, margin, pull(policies, references, beta))
+    """Gradient descent from the origin; after each step the update of the reference that is due."""
+    policy, reference = np.zeros((2, steps + 1, 2))
+    for t in range(1, steps + 1):
+        policy[t] = policy[t - 1] - RATE / beta * gradient(policy[t - 1], reference[t - 1], beta)
+        alpha = trust_region.alpha if trust_region.is_due(t) else 0.0
+        reference[t] = alpha * policy[t] + (1 - alpha) * reference[t - 1]
+    margin = ((policy - reference) @ PAIRS.T).mean(1)
+    return Walk(policy, reference, margin, pull(policy, reference, beta))
 
 
 class ReferenceExplorer(Panel):
     """Policy and reference in a plane of two parameters, step by step, as alpha, tau and beta move.
 
     Shaded is where the loss still pulls; the dotted line is the policy's way with a fixed reference.
-    Controls: alpha, tau, beta, step.
+    Controls: alpha, tau, beta.
     """
 
     def __init__(self):
         self.alpha, self.tau, self.beta = alpha_slider(0.6), tau_slider(32), beta_slider(0.1)
-        self.step = number("step", STEPS, 0, STEPS, 4)
         figure = new_figure(WIDTH, 4.3)
         self.axes = plane, margin, teaching = figure.subplots(1, 3, width_ratios=[1.5, 1, 1])
         style_axes(plane, "Policy and reference", "what most pairs are about", "what one pair is about")
@@ -83,14 +74,13 @@ class ReferenceExplorer(Panel):
         teaching.set(xlim=(0, STEPS), ylim=(-0.02, 0.65))
         margin.text(0.04, 0.93, "dotted: fixed reference", transform=margin.transAxes, color=COLORS["fixed"],
                     fontsize=12, fontweight="bold")
-        controls = [self.alpha, self.tau, self.beta, self.step]
+        controls = [self.alpha, self.tau, self.beta]
         super().__init__([controls[:2], controls[2:]], controls, figure)
 
     def draw(self) -> None:
         trust_region, beta = region(self.alpha.value, self.tau.value), self.beta.value
-        color, now = COLORS[trust_region.kind], int(self.step.value) + 1
         way, fixed = walk(trust_region, beta), walk(TrustRegion.fixed(), beta)
-        policy, reference = way.policy[:now], way.reference[:now]
+        policy, reference, color = way.policy, way.reference, COLORS[trust_region.kind]
         moved = np.any(np.diff(reference, axis=0, prepend=np.nan) != 0, axis=1)  # and the start
         plane, *others = self.axes
         plane.imshow(pull(POINTS, reference[-1], beta), SHADES, vmin=0, vmax=0.7, aspect="auto",
@@ -107,4 +97,4 @@ class ReferenceExplorer(Panel):
         plane.text(*reference[-1] + (1, -0.25), "reference", color=color, **look)
         for ax, name in zip(others, ("margin", "pull")):
             ax.plot(getattr(fixed, name), **still)
-            ax.plot(getattr(way, name)[:now], color=color, lw=2.4)
+            ax.plot(getattr(way, name), color=color, lw=2.4)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..overoptimization import frontier, law_through, read_all
-from ..plot_style import COLORS, DASHES, INK, MARKERS, PALE, STEP, shortened, style_axes
+from ..plot_style import COLORS, CURVES, DASHES, INK, MARKERS, PALE, STEP, shortened, style_axes
 from ..record import Record
 from ..worlds import grid_directory
 from .panel import WIDTH, Panel, around, choice
@@ -24,13 +24,7 @@ OTHERS = ("tuning", "epochs", "model", "data")
 UNFILTERED = ("learning_rate", "batch_size", "train_pairs")  # without a filter, but no seeds of each other
 SIGNS = {"alpha": "α", "tau": "τ", "beta": "β", "learning_rate": "rate", "batch_size": "batch",
          "train_pairs": "pairs"}
-COURSES = {  # column: title, label of the axis
-    "gold/reward": ("True quality", "gold reward"),
-    "rewards/margin": ("Reward margin", "chosen − rejected"),
-    "loss": ("Loss", "mean over the batch"),
-    "kl/initial": ("KL to the initial policy", "nats per completion"),
-    "kl/reference": ("KL to the reference", "nats per completion"),
-}
+SHOWN = ("gold/reward", "rewards/margin", "loss", "kl/initial", "kl/reference")
 MOST_NAMED = 9  # lines of the legend, slower to draw than all curves; of more groups only the colours
 
 
@@ -80,8 +74,8 @@ class RunsExplorer(Panel):
         boxes = [ipywidgets.VBox([ipywidgets.HTML(f"<b>{name}</b>"), box])
                  for name, box in self.filters.items()]
         records = self.runs["record"]
-        there = [column for column in COURSES if any(column in record.history for record in records)]
-        self.shown = choice({COURSES[column][0]: column for column in there}, there[0])
+        there = [column for column in SHOWN if any(column in record.history for record in records)]
+        self.shown = choice({CURVES[column][0]: column for column in there}, there[0])
         self._curves = {column: [course(record, column) for record in records] for column in there}
         self._curves["frontier"] = list(map(frontier, records))
         figure = Figure(figsize=(WIDTH, 4.5), facecolor="white")
@@ -113,7 +107,7 @@ class RunsExplorer(Panel):
     def draw(self) -> None:
         column, groups, handles, seen = self.shown.value, self.groups(), [], []
         left, right = self.axes
-        style_axes(left, COURSES[column][0], STEP, COURSES[column][1])
+        style_axes(left, CURVES[column][0], STEP, CURVES[column][1])
         runs = self.selected() if groups else self.runs
         for ax, what in ((left, column), (right, "frontier")):
             x, y = (np.concatenate(side) for side in zip(*(self._curves[what][i] for i in runs.index)))

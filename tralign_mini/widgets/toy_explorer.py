@@ -16,10 +16,10 @@ from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 
 from .. import toy
-from ..plot_style import COLORS, DASHES, INK, PALE, STEP, style_axes
+from ..plot_style import COLORS, DASHES, INK, STEP, style_axes
 from ..toy_plots import MASSES, QUANTITIES, draw_band, mean_and_half
 from . import panel
-from .panel import CONTROL, Panel, Worker, heading, region
+from .panel import CONTROL, Panel, Worker, region
 
 ALPHAS = tuple(round(0.05 * i, 2) for i in range(21))
 COARSE = ALPHAS[::4]
@@ -117,18 +117,11 @@ class ToyExplorer(Panel):
         figure = Figure(figsize=(panel.WIDTH, 4.3), facecolor="white")
         figure.subplots_adjust(left=0.062, right=0.96, top=0.84, bottom=0.13, wspace=0.3)
         self.axes = mass, course, chart = figure.subplots(1, 3, width_ratios=[1, 1, 1.3])
-        style_axes(mass, "", STEP, "probability")
-        style_axes(course, "", STEP, "")
-        style_axes(chart, "", "τ: steps between updates", "α: weight of the policy")
-        heading(mass, "Where the mass goes")
+        style_axes(mass, "Where the mass goes", STEP, "probability", pad=30)
         mass.set(ylim=(-0.03, 1.4), yticks=[0, 0.25, 0.5, 0.75, 1])
         for y, (label, color, _) in zip((0.95, 0.88, 0.81), MASSES.values()):
             look = {"fontsize": 12, "fontweight": "bold", "va": "center"}
             mass.text(0.03, y, label, color=color, transform=mass.transAxes, **look)
-        chart.grid(False)
-        chart.set(xlim=(-0.5, len(TAUS) - 0.5), ylim=(-0.5, len(ALPHAS) - 0.5))
-        chart.set_xticks(range(len(TAUS)), TAUS)
-        chart.set_yticks(range(0, len(ALPHAS), 4), COARSE)
         bar = figure.colorbar(ScalarMappable(CenteredNorm(0, 1), "RdBu_r"), ax=chart, pad=0.03, aspect=16)
         bar.outline.set_visible(False)
         bar.ax.set_yticks([-0.95, 0, 0.95], ["less", "fixed", "more"])
@@ -139,12 +132,13 @@ class ToyExplorer(Panel):
         rows, shown, alpha, tau = self._rows(), self.shown.value, self._alpha(), TAUS.index(self.tau.value)
         mass, course, chart = self.axes
         title, ylabel = QUANTITIES[shown]
-        heading(course, title)
-        heading(chart, f"{title} at the end")
-        course.set_ylabel(ylabel)
+        style_axes(course, title, STEP, ylabel, pad=30)
+        style_axes(chart, f"{title} at the end", panel.TAU, panel.ALPHA, pad=30)
+        chart.grid(False)
+        chart.set(xlim=(-0.5, len(TAUS) - 0.5), ylim=(-0.5, len(ALPHAS) - 0.5))
+        chart.set_xticks(range(len(TAUS)), TAUS)
+        chart.set_yticks(range(0, len(ALPHAS), 4), COARSE)
         chart.plot(tau, ALPHAS.index(alpha), marker="o", ms=13, mfc="none", mec=INK, mew=2.5)
-        if len(rows) < len(ALPHAS):
-            chart.text(0, 1.03, "training …", transform=chart.transAxes, fontsize=12, color=PALE)
         if not {alpha, 0.0} <= rows.keys():
             return
         kind = region(alpha, TAUS[tau]).kind
