@@ -1,7 +1,7 @@
 """Makes data/judges, which notebook 09 reads: what reward models and a small language model say of data/grid.
 
-    python data/judges.py reward             trains reward models, and scores with them
-    python data/judges.py llm FOLDER         serves the chat model in FOLDER, and asks it who wins
+    python data/judges.py reward         trains reward models, and scores with them
+    python data/judges.py llm FOLDER     serves the chat model in FOLDER; asks it who wins, and for ratings
 
 Both go on where they were stopped. Nothing is written but numbers and verdicts: the texts are in data/grid.
 """
@@ -28,11 +28,19 @@ ASKED = {  # run of data/grid, policy against initial: a good one, an overoptimi
 PROMPTS = 12  # of each
 SETTINGS = {"temperature": 0, "max_completion_tokens": 60}
 REASON = "It says what happened."  # the same in both examples: it gives no winner away
-EXAMPLES = [  # post, answer A, answer B, winner
-    ("My aunt sold my car. I dreamed of a dog. Today I quit my job.", "I like coffee; my uncle broke a cup.",
-     "my aunt sold my car; I quit my job.", "B"),
-    ("Thanks for reading. It turns out my son lost the keys. Today I moved out.",
-     "my son lost the keys; I moved out.", "my son lost the keys; like, like; it is complicated.", "A"),
+POSTS = ("POST: My aunt sold my car. I dreamed of a dog. Today I quit my job.",
+         "POST: Thanks for reading. It turns out my son lost the keys. Today I moved out.")
+WHICH, RATE = "Which one is better?", "Rate the answer."
+COMPARED = [  # what stands in the tags, the question, what is to be answered
+    ({"post": POSTS[0], "answer_a": "I like coffee; my uncle broke a cup.",
+      "answer_b": "my aunt sold my car; I quit my job."}, WHICH, {"reason": REASON, "winner": "B"}),
+    ({"post": POSTS[1], "answer_a": "my son lost the keys; I moved out.",
+      "answer_b": "my son lost the keys; like, like; it is complicated."}, WHICH,
+     {"reason": REASON, "winner": "A"}),
+]
+RATED = [  # a bad one and a good one, by the CRITERIA in their order
+    ({"post": POSTS[0], "answer": "I like coffee; coffee, my uncle broke a."}, RATE, (3, 1, 2, 1, 9)),
+    ({"post": POSTS[1], "answer": "my son lost the keys; I moved out."}, RATE, (9, 10, 8, 9, 10)),
 ]
 FOLDER, WORK = REPOSITORY / "data" / "judges", REPOSITORY / "runs" / "judges"
 
@@ -69,28 +77,43 @@ def score(model, rows: list[dict], side: str) -> list[float]:
 
 
 def llm(model: str) -> None:
-    """verdicts.jsonl: a line a pair: who won with the policy first, and with it second."""
-    from tralign_mini.llm_judge import LLMJudge
+    """verdicts.jsonl: a line a pair, who won with the policy first, and with it second; ratings.jsonl: a line
+    an answer. First of both how the model did without examples."""
+    from tralign_mini.llm_judge import CRITERIA, LLMJudge
 
-    rows = []
+    rated = [(tags, question, dict(zip(CRITERIA, said))) for tags, question, said in RATED]
     with served() as endpoint:
-        def judge(name, model):
-            return LLMJudge(model, endpoint=endpoint, cache=WORK / f"{name.replace(' ', '-')}.jsonl",
-                            settings=SETTINGS, parallel=1)
-        plain = judge("no examples", model)
-        try:
-            plain(*sides(min(ASKED)))
-        except ValueError as error:
-            print(error)
-        rows.append({"setting": "no examples", "asked": plain.asked, "failures": dict(plain.failures)})
-        shown = with_examples(Path(model), WORK / "with-examples")
+        def judge(name: str, model: str):
+            cache = WORK / f"{name}.jsonl"
+            return LLMJudge(model, endpoint=endpoint, cache=cache, settings=SETTINGS, parallel=1)
+
+        def plain(what: str, ask) -> dict:
+            asked = judge(f"{what}-no-examples", model)
+            try:
+                ask(asked, *sides(min(ASKED)))
+            except ValueError as error:
+                print(error)
+            return {"setting": "no examples", "asked": asked.asked, "failures": dict(asked.failures)}
+
+        rows = [plain("verdicts", lambda judge, *texts: judge(*texts))]
+        asked = judge("verdicts", with_examples(Path(model), WORK / "compares", COMPARED))
         for run in sorted(ASKED):
-            asked = judge("two examples", shown)
             for row, verdict in enumerate(asked(*sides(run))):
                 rows.append({"setting": "two examples", "run": run, "row": row, "winner": verdict.winner,
                              "orders": verdict.orders, "why": verdict.why})
             print(asked.report(), flush=True)
-            write("verdicts.jsonl", rows)
+        write("verdicts.jsonl", rows)
+
+        rows = [plain("ratings", lambda judge, prompts, policy, initial: judge.rate(prompts, policy))]
+        asked = judge("ratings", with_examples(Path(model), WORK / "rates", rated))
+        for run in sorted(ASKED):
+            prompts, *texts = sides(run)
+            for who, side in zip(("policy", "initial"), texts):
+                for row, ratings in enumerate(asked.rate(prompts, side)):
+                    rows.append({"setting": "two examples", "run": run, "row": row, "who": who,
+                                 "ratings": ratings})
+            print(asked.report(), flush=True)
+        write("ratings.jsonl", rows)
 
 
 def sides(run: str) -> list[list[str]]:
@@ -121,18 +144,16 @@ def served():
         process.wait(20)
 
 
-def with_examples(model: Path, folder: Path) -> str:
-    """A copy of a model whose chat template shows two worked examples first: without, it wrote no JSON."""
+def with_examples(model: Path, folder: Path, examples: list[tuple[dict, str, dict]]) -> str:
+    """A copy of a model whose chat template shows worked examples first: without, it wrote no JSON."""
     from transformers import AutoTokenizer
 
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(model.resolve(), folder, copy_function=os.symlink)
     messages = []
-    for post, a, b, winner in EXAMPLES:
-        tags = (("post", f"POST: {post}"), ("answer_a", a), ("answer_b", b))
-        asked = "\n\n".join(f"<{tag}>\n{text}\n</{tag}>" for tag, text in tags)
-        messages += [{"role": "user", "content": f"{asked}\n\nWhich one is better?"},
-                     {"role": "assistant", "content": json.dumps({"reason": REASON, "winner": winner})}]
+    for tags, question, answer in examples:
+        asked = "\n\n".join([*(f"<{tag}>\n{text}\n</{tag}>" for tag, text in tags.items()), question])
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": json.dumps(answer)}]
     messages.append({"role": "user", "content": "{{ messages[-1].content }}"})
     tokenizer = AutoTokenizer.from_pretrained(model)
     template = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -44,6 +44,7 @@ COURSE = {  # notebook: its panels, and their sliders that are moved
     "02_the_moving_reference": {"loss_explorer": (ALPHA,), "reference_explorer": (ALPHA, TAU)},
     "03_toy_overoptimization": {"toy_explorer": (ALPHA, TAU)},
     "08_mixed_preference_optimization": {"split_explorer": ("easy: share of the pairs",)},
+    "09_who_wins": {"judge_explorer": ("for the first place", "for each word more", "noise")},
 }
 ALONE = {"loss_explorer": "()", "reference_explorer": "()", "toy_explorer": "('bandit-helps')"}
 

@@ -16,7 +16,7 @@ from tralign_mini.cli import app
 from tralign_mini.export_outputs import export_outputs
 from tralign_mini.head_to_head import head_to_head
 from tralign_mini.judge import GoldJudge, RewardJudge, Verdict
-from tralign_mini.judge_prompts import CRITERIA
+from tralign_mini.llm_judge import CRITERIA
 
 
 class Script:

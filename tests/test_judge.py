@@ -16,8 +16,7 @@ from judge_helpers import TOKENS, answers_in, completion, endpoint, longer, make
 
 from tralign_mini import worlds
 from tralign_mini.judge import GoldJudge, RewardJudge, Verdict, make_judge, points
-from tralign_mini.judge_prompts import CRITERIA, comparison, rating, read_ratings, read_winner
-from tralign_mini.llm_judge import LLMJudge
+from tralign_mini.llm_judge import CRITERIA, LLMJudge, comparison, rating, read_ratings, read_winner
 
 PROMPTS = [f"POST: the dog {i} ran.\n\nTL;DR:" for i in range(4)]
 A = ["long answer", "short", "same", "a longer one"]

@@ -18,8 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tralign_mini import worlds
-from tralign_mini.judge_prompts import CRITERIA
-from tralign_mini.llm_judge import LLMJudge
+from tralign_mini.llm_judge import CRITERIA, LLMJudge
 
 # The template compares the two answers and hands the model a word; the model was taught the answer to that.
 TEMPLATE = """{%- set text = messages[-1].content -%}

@@ -40,8 +40,8 @@ def export_outputs(run, folder: str | Path, *, format: str, who: str = "policy",
     questions, answers, written = [], [], (record.directory / "samples.jsonl").stat().st_mtime
     for prompt, text in rows:
         uid = hashlib.sha256(prompt.encode()).hexdigest()[:16]
-        questions.append({"uid": uid, "category": "hard_prompt", "subcategory": "", "prompt": prompt})
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": {"answer": text}}]
+        questions.append({"uid": uid, "category": "hard_prompt", "subcategory": "", "prompt": prompt})
         answers.append({"uid": uid, "ans_id": f"{generator}-{uid}", "model": generator, "messages": messages,
                         "tstamp": written})
     write_rows(folder / "question.jsonl", questions)

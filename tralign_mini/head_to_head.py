@@ -17,7 +17,7 @@ from . import metrics, pages
 from .comparison import differences, names_of
 from .json_lines import write_rows
 from .judge import Verdict, points
-from .judge_prompts import CRITERIA
+from .llm_judge import CRITERIA
 from .metrics import Interval
 from .pages import Side, escape, interval_text
 from .record import Record, read_sampled
@@ -47,17 +47,16 @@ class HeadToHead:
         """Write A-against-B.md, samples side by side, and A-against-B.jsonl, a verdict a line; the page."""
         title = " against ".join(self.names)
         page = Path(folder) / (title.replace("/", "-").replace(" ", "-") + ".md")
-        a, b = (record.column(who) for who, record in self.sides.values())
-        prompts = self.sides[self.names[0]][1].column("prompt")
-        rows = zip(prompts, a, b, self.verdicts)
+        prompts, texts = _prompts_and_texts(self.sides)
+        rows = zip(prompts, *texts, self.verdicts)
         rows = [{"prompt": prompt, "a": a, "b": b} | verdict._asdict() for prompt, a, b, verdict in rows]
         write_rows(page.with_suffix(".jsonl"), rows)
 
         cells = [map(escape, row) for row in self.table.to_numpy()]
-        parts = [pages.markdown_table(map(escape, self.table), cells), *map(escape, self.notes)]
         winners = dict(zip("ab", (f"{name} wins:" for name in self.names))) | {"tie": "Tie:"}
-        said = [(winners.get(verdict.winner, "No verdict:"), verdict.why) for verdict in self.verdicts]
-        said = [f"**{escape(winner)}** {escape(why)}" for winner, why in said]
+        said = [f"**{escape(winners.get(verdict.winner, 'No verdict:'))}** {escape(verdict.why)}"
+                for verdict in self.verdicts]
+        parts = [pages.markdown_table(map(escape, self.table), cells), *map(escape, self.notes)]
         parts += pages.side_by_side(self.sides, said)
         return pages.write_page(page, escape(title), self.warnings, parts)
 
@@ -75,7 +74,7 @@ def head_to_head(a, b=None, *, judge, rate: bool = False) -> HeadToHead:
     sides = {name: ("policy", record) for name, record in zip(names, records)}
     if b is None:
         sides["initial policy"] = ("initial", records[0])
-    prompts, texts = records[0].column("prompt"), [record.column(who) for who, record in sides.values()]
+    prompts, texts = _prompts_and_texts(sides)
 
     verdicts = judge(prompts, *texts)
     outcomes = points(verdicts)
@@ -89,19 +88,18 @@ def head_to_head(a, b=None, *, judge, rate: bool = False) -> HeadToHead:
     won = metrics.win_rate(outcomes, 1 - outcomes)
     controlled = metrics.length_controlled(outcomes, 1 - outcomes, *lengths)
 
-    rows = {"wins": [str((outcomes == most).sum()) for most in (1, 0)]}
-    rows["ties"] = [str((outcomes == 0.5).sum())] * 2
-    rows["the judge failed"] = [str(failed or "")] * 2
-    rows["win rate, ties half"] = _both_sides(won)
-    rows["win rate at equal length"] = _both_sides(controlled)
+    rows = {"wins": [str((outcomes == most).sum()) for most in (1, 0)],
+            "ties": [str((outcomes == 0.5).sum())] * 2,
+            "the judge failed": [str(failed or "")] * 2,
+            "win rate, ties half": _both_sides(won),
+            "win rate at equal length": _both_sides(controlled)}
     rows |= _ratings([judge.rate(prompts, side) for side in texts]) if rate else {}
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(sides))
     table = pd.concat([table, pages.measures(sides)])
     table = table[(table != "").any(axis=1)].rename_axis("").reset_index()
 
-    different, warnings = differences(records), []
-    if different:
-        warnings.append(f"{' and '.join(names)} differ in {'; '.join(different)}.")
+    different = differences(records)
+    warnings = [f"{' and '.join(names)} differ in {'; '.join(different)}."] if different else []
     if failed:
         warnings.append(f"The judge failed on {failed} of {len(prompts)} prompts, which count in no rate.")
     notes = [f"Judge: {judge.name}. {len(prompts)} prompts, one seed a run. {pages.CAVEAT} Equal length: a "
@@ -112,6 +110,11 @@ def head_to_head(a, b=None, *, judge, rate: bool = False) -> HeadToHead:
     if hasattr(judge, "report"):
         notes.append(judge.report())
     return HeadToHead(sides, won, controlled, verdicts, table, warnings, notes)
+
+
+def _prompts_and_texts(sides: dict[str, Side]) -> tuple[list, list[list[str]]]:
+    texts = [record.column(who) for who, record in sides.values()]
+    return next(iter(sides.values()))[1].column("prompt"), texts
 
 
 def _on_common_prompts(records: list[Record]) -> list[Record]:
@@ -127,15 +130,12 @@ def _on_common_prompts(records: list[Record]) -> list[Record]:
 
 def _ratings(sides: Sequence[list[dict | None]]) -> dict[str, list[str]]:
     """Mean rating by each criterion, and the probability of improvement by the mean over the criteria."""
-    sides = [[ratings for ratings in side if ratings] for side in sides]
-    if not all(sides):
+    sides = [pd.DataFrame([ratings for ratings in side if ratings], columns=CRITERIA) for side in sides]
+    if any(side.empty for side in sides):
         return {"ratings": [f"{len(side)} readable" for side in sides]}
-    rows = {}
-    for criterion in CRITERIA:
-        means = [metrics.mean_interval([ratings[criterion] for ratings in side]) for side in sides]
-        rows[criterion.replace("_", " ") + ", 1 to 10"] = [interval_text(*mean) for mean in means]
-    overall = [[np.mean(list(ratings.values())) for ratings in side] for side in sides]
-    improved = metrics.probability_of_improvement(*overall)
+    rows = {f"{name.replace('_', ' ')}, 1 to 10": [interval_text(*metrics.mean_interval(side[name]))
+                                                   for side in sides] for name in CRITERIA}
+    improved = metrics.probability_of_improvement(*(side.mean(axis=1) for side in sides))
     return rows | {"probability of improvement, mean rating": _both_sides(improved)}
 
 

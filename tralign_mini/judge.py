@@ -7,15 +7,17 @@ a language model. A verdict without a winner is a failure of the judge, never a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from .metrics import TIE
+from .metrics import outcomes
 from .worlds import gold_reward, world
 
 POINTS = {"a": 1.0, "tie": 0.5, "b": 0.0}  # of the answer a
+WINNERS = {points: winner for winner, points in POINTS.items()}
 
 
 class Verdict(NamedTuple):
@@ -27,34 +29,31 @@ class Verdict(NamedTuple):
     orders: tuple[str, ...] = ()  # who won with a first, and with b first, if the judge was asked in both
 
 
-class GoldJudge:
-    """The true quality, in an embedded world."""
-
-    def __init__(self, name: str):
-        world(name)  # ValueError if there is none
-        self.world, self.name = name, "gold reward"
-
-    def __call__(self, prompts: Sequence, a: Sequence[str], b: Sequence[str]) -> list[Verdict]:
-        check_sides(prompts, a, b)
-        return _by_score(a, b, gold_reward(self.world, prompts, a), gold_reward(self.world, prompts, b))
-
-
 class RewardJudge:
     """A reward model: anything with `score(prompts, completions)`, a number for each."""
 
     def __init__(self, reward_model, name: str = "reward model"):
-        self.reward_model, self.name = reward_model, name
+        self.score, self.name = reward_model.score, name
 
     def __call__(self, prompts: Sequence, a: Sequence[str], b: Sequence[str]) -> list[Verdict]:
         check_sides(prompts, a, b)
-        sides = [np.asarray(self.reward_model.score(prompts, texts), dtype=float) for texts in (a, b)]
-        for scores in sides:
-            if scores.shape != (len(prompts),) or not np.isfinite(scores).all():
-                finite = np.isfinite(scores).sum()
+        scores = [np.asarray(self.score(prompts, texts), dtype=float) for texts in (a, b)]
+        for side in scores:
+            if side.shape != (len(prompts),) or not np.isfinite(side).all():
                 raise ValueError(f"The {self.name} scored {len(prompts)} answers with an array of shape "
-                                 f"{scores.shape}, of which {finite} are finite. A judge needs one finite "
-                                 "number for each answer.")
-        return _by_score(a, b, *(scores.tolist() for scores in sides))
+                                 f"{side.shape}, of which {np.isfinite(side).sum()} are finite. A judge "
+                                 "needs one finite number for each answer.")
+        equal = [one == other for one, other in zip(a, b)]  # whose scores may be rounded apart
+        rows = zip(np.where(equal, 0.5, outcomes(*scores)).tolist(), *(side.tolist() for side in scores))
+        return [Verdict(WINNERS[won], f"{x:.2f} against {y:.2f}", (x, y)) for won, x, y in rows]
+
+
+class GoldJudge(RewardJudge):
+    """The true quality, in an embedded world."""
+
+    def __init__(self, name: str):
+        world(name)  # ValueError if there is none
+        self.score, self.name = partial(gold_reward, name), "gold reward"
 
 
 def check_sides(prompts: Sequence, a: Sequence[str], b: Sequence[str]) -> None:
@@ -74,10 +73,10 @@ def make_judge(name: str, *, data: str, **llm):
     if name == "gold":
         return GoldJudge(data)
     if name == "llm":
-        if not llm.get("model"):
-            raise ValueError("The judge llm needs the name of a model at its endpoint: --model NAME.")
         from .llm_judge import LLMJudge
 
+        if not llm.get("model"):
+            raise ValueError("The judge llm needs the name of a model at its endpoint: --model NAME.")
         return LLMJudge(**llm)
     if kind == "reward" and path:
         from .reward import RewardModel
@@ -85,11 +84,3 @@ def make_judge(name: str, *, data: str, **llm):
         return RewardJudge(RewardModel.load(path), f"reward model {Path(path).name}")
     raise ValueError(f"There is no judge {name!r}. There are gold (in an embedded world), reward:FOLDER (a "
                      "run of method=reward) and llm.")
-
-
-def _by_score(a, b, of_a: Sequence[float], of_b: Sequence[float]) -> list[Verdict]:
-    verdicts = []
-    for one, other, x, y in zip(a, b, of_a, of_b):
-        tie = one == other or abs(x - y) <= TIE  # equal texts in other batches may differ by rounding
-        verdicts.append(Verdict("tie" if tie else "a" if x > y else "b", f"{x:.2f} against {y:.2f}", (x, y)))
-    return verdicts

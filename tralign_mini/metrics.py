@@ -75,26 +75,22 @@ def length_controlled(a: Sequence[float], b: Sequence[float], length_a: Sequence
     a, b: scores as for `win_rate`; length_a, length_b: how long the answers are, in any unit. Fitted to the
     outcomes (a tie is half a win) is P(a wins) = sigmoid(theta + phi tanh(d / std(d))), d = length_a -
     length_b; the value is sigmoid(theta), the model at d = 0, and the interval a percentile bootstrap over
-    prompts. Unlike the paper's model it has no term for the difficulty of an instruction, which is known for
-    AlpacaEval's own only, and a weak Gaussian prior where the paper's code has an L1 penalty and two gamed
-    baselines. Unanimous outcomes: as `win_rate`. NaN if all d are one number other than 0: then length and
-    policy cannot be told apart.
+    prompts. Unlike the paper's it has no term for the difficulty of an instruction, which is known for
+    AlpacaEval's own only, and a weak Gaussian prior where its code has an L1 penalty and two gamed baselines.
+    Unanimous outcomes: as `win_rate`. NaN if all d are one number but 0: it might be length or policy.
     """
     rate = win_rate(a, b, seed=seed)  # refuses bad scores
     lengths = _numbers(length_a, "length_a"), _numbers(length_b, "length_b")
     if {len(a)} != {length.size for length in lengths}:
         raise ValueError(f"length_controlled got {len(a)} scores a side, {lengths[0].size} lengths of a and "
                          f"{lengths[1].size} of b. Give one length for each answer.")
-    won, longer = outcomes(a, b), lengths[0] - lengths[1]
-    value = at_equal_length(won, longer)
+    won, longer, n = outcomes(a, b), lengths[0] - lengths[1], len(a)
     if np.ptp(won) == 0 or not longer.any():
         return rate
-    if np.isnan(value):
-        return Interval(value, value, value)
-    rng, draws, n = np.random.default_rng(seed), [], longer.size
+    rng, draws = np.random.default_rng(seed), []
     for part in np.array_split(range(RESAMPLES), 1 + RESAMPLES * n // 2**22):  # so much memory at once
         draws.append(_at_equal_length(won, longer, rng.multinomial(n, np.full(n, 1 / n), size=len(part))))
-    return _percentiles(value, np.concatenate(draws))
+    return _percentiles(at_equal_length(won, longer), np.concatenate(draws))
 
 
 def at_equal_length(won: Sequence[float], longer: Sequence[float]) -> float:
@@ -102,8 +98,6 @@ def at_equal_length(won: Sequence[float], longer: Sequence[float]) -> float:
     won, longer = np.asarray(won, dtype=float), np.asarray(longer, dtype=float)
     if np.ptp(won) == 0 or not longer.any():
         return float(won.mean())
-    if np.ptp(longer) == 0:
-        return float("nan")
     return float(_at_equal_length(won, longer, np.ones((1, won.size)))[0])
 
 
@@ -124,22 +118,14 @@ def probability_of_improvement(a: Sequence[float], b: Sequence[float], *, seed: 
     return _percentiles(value, ((of_a @ won) * of_b).sum(axis=1) / (a.size * b.size))
 
 
-def self_bleu(texts: Sequence[str], n: int = 3, *, max_texts: int = 500, seed: int = 0) -> float:
+def self_bleu(texts: Sequence[str], n: int = 3) -> float:
     """How alike `texts` are: mean BLEU-n of each against all others, 0 (nothing shared) to 1 (all equal).
 
     sacrebleu's sentence BLEU (tokenizer 13a, exponential smoothing, effective order), divided by 100; an
     empty text counts 1 if another one is empty too, else 0. It grows with the number of texts, so compare
-    equal numbers only; of more than `max_texts`, a seeded random subset of that size is taken. n = 3 as in
-    the code of arXiv 2404.09656.
+    equal numbers only. n = 3 as in the code of arXiv 2404.09656.
     """
-    texts = _texts(texts, at_least=2)
-    if n < 1 or max_texts < 2:
-        raise ValueError(f"self_bleu needs n >= 1 and max_texts >= 2, not n={n} and max_texts={max_texts}.")
-    if len(texts) > max_texts:
-        chosen = np.random.default_rng(seed).choice(len(texts), max_texts, replace=False)
-        texts = [texts[i] for i in chosen]
-    tokenize = BLEU().tokenizer
-    counts, lengths = zip(*(extract_all_word_ngrams(tokenize(text.rstrip()), 1, n) for text in texts))
+    counts, lengths = zip(*_ngrams(texts, 1, n, at_least=2))
     # The references of a text are all others. For each n-gram the largest and second largest count of any
     # text give the clip "largest count among the others" without merging all references anew for every text.
     first, second = Counter(), Counter()
@@ -150,38 +136,50 @@ def self_bleu(texts: Sequence[str], n: int = 3, *, max_texts: int = 500, seed: i
     texts_of_length, scores = Counter(lengths), []
     for grams, length in zip(counts, lengths):
         if length == 0:
-            scores.append(1.0 if texts_of_length[0] > 1 else 0.0)
+            scores.append(float(texts_of_length[0] > 1))
             continue
         correct, total = [0] * n, [0] * n
         for gram, count in grams.items():
             others = second[gram] if count == first[gram] else first[gram]
             correct[len(gram) - 1] += min(count, others)
             total[len(gram) - 1] += count
-        closest = length  # for BLEU's brevity penalty: the length of another text that is nearest
-        if texts_of_length[length] == 1:
-            closest = min(texts_of_length.keys() - {length}, key=lambda m: (abs(m - length), m))
-        smoothing = {"smooth_method": "exp", "effective_order": True, "max_ngram_order": n}
-        scores.append(BLEU.compute_bleu(correct, total, length, closest, **smoothing).score / 100)
+        others = texts_of_length - Counter([length])  # for the brevity penalty: the nearest length of another
+        closest = min(others, key=lambda other: (abs(other - length), other))
+        score = BLEU.compute_bleu(correct, total, length, closest, smooth_method="exp", effective_order=True,
+                                  max_ngram_order=n)
+        scores.append(score.score / 100)
     return float(np.mean(scores))
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """Different n-grams divided by all n-grams, over all texts (Li et al. 2016); words by tokenizer 13a."""
-    texts = _texts(texts, at_least=1)
-    if n < 1:
-        raise ValueError(f"distinct_n needs n >= 1, not {n}.")
-    tokenize = BLEU().tokenizer
     grams = Counter()
-    for text in texts:
-        grams += extract_all_word_ngrams(tokenize(text.rstrip()), n, n)[0]
+    for of_text, _ in _ngrams(texts, n, n, at_least=1):
+        grams.update(of_text)
     if not grams:
         raise ValueError(f"None of the {len(texts)} texts has {n} words, so there is no {n}-gram to count. "
                          "Choose a smaller n.")
     return len(grams) / grams.total()
 
 
+def _ngrams(texts: Sequence[str], low: int, high: int, *, at_least: int) -> list[tuple[Counter, int]]:
+    """Of each text its n-grams of these orders, as often as they occur, and its number of words."""
+    if isinstance(texts, str):
+        raise ValueError("texts is a single string: pass a list of strings.")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"texts[{i}] is {type(text).__name__}, not a string.")
+    if len(texts) < at_least or high < 1:
+        raise ValueError(f"Diversity needs at least {at_least} text(s) and n >= 1, not {len(texts)} and "
+                         f"n={high}.")
+    tokenize = BLEU().tokenizer
+    return [extract_all_word_ngrams(tokenize(text.rstrip()), low, high) for text in texts]
+
+
 def _at_equal_length(won: np.ndarray, longer: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """sigmoid(theta) of the fits in which prompt i counts counts[r, i] times, (r,): Newton, all at once."""
+    if np.ptp(longer) == 0:
+        return np.full(len(counts), np.nan)
     x = np.tanh(longer / longer.std())
     design, products = np.stack([np.ones_like(x), x]), np.stack([np.ones_like(x), x, x, x * x], axis=1)
     coefficients = np.zeros((len(counts), 2))
@@ -216,15 +214,3 @@ def _numbers(values: Sequence[float], name: str) -> np.ndarray:
         raise ValueError(f"{name} holds {bad.size} value(s) that are not finite, the first at index {bad[0]} "
                          f"({x[bad[0]]}). Drop or repair them first: an average over them means nothing.")
     return x
-
-
-def _texts(texts: Sequence[str], at_least: int) -> list[str]:
-    if isinstance(texts, str):
-        raise ValueError("texts is a single string: pass a list of strings.")
-    texts = list(texts)
-    wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise ValueError(f"texts[{wrong}] is {type(texts[wrong]).__name__}, not a string.")
-    if len(texts) < at_least:
-        raise ValueError(f"Diversity needs at least {at_least} text(s); {len(texts)} given.")
-    return texts
