@@ -123,7 +123,7 @@ def test_a_shipped_cell_is_whole(cell):
 
 @pytest.mark.parametrize("seed", [4, 5, 6])
 def test_ppo_with_the_larger_kl_coefficient_raises_the_true_reward_and_stays_near(seed):
-    """What the recipe little-hh-ppo and notebook 08 say: gold 1.0 to 1.6 or more, at less than a nat of KL."""
+    """What the recipe little-hh-ppo and notebook 08 say: gold from 1.0 to 1.6 and more, within a nat of KL."""
     run = FOLDER / "little-hh-ppo-kl0.5" / str(seed)
     recipe = (run / "recipe.yaml").read_text()
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])

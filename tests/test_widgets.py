@@ -29,7 +29,7 @@ from tralign_mini.widgets import (
     toy_explorer,
 )
 from tralign_mini.widgets import panel as shared
-from tralign_mini.widgets.loss_explorer import UNITS, curves, jump
+from tralign_mini.widgets.loss_explorer import UNITS, jump
 from tralign_mini.widgets.reference_explorer import PAIRS, RATE, gradient, walk
 from tralign_mini.widgets.runs_explorer import course, find_runs
 from tralign_mini.widgets.toy_explorer import ALPHAS, TAUS, mean_and_half, trained
@@ -183,19 +183,21 @@ def test_limits_are_round_and_enclose():
 
 # The loss.
 
+ZERO = torch.tensor(0.0, dtype=torch.float64)
+
 
 def test_the_curves_at_a_margin_of_zero():
     by_hand = {"dpo": (np.log(2), -0.3 / 2, 0.3**2 / 4), "kto": (0.5, -0.3 / 8, 0),
                "ipo": (1 / (4 * 0.3**2), -1 / 0.3, 2)}
     for method, expected in by_hand.items():
-        found = [values.item() for values in curves(method, 0.3, 0.0)]
+        found = [values.item() for values in toy.along_margin(method, ZERO, 0.3)]
         assert found == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("method", UNITS)
 def test_the_named_heights_hold_for_every_beta(method):
     for beta in (0.01, 0.1, 2.0):
-        at_zero = curves(method, beta, 0.0)
+        at_zero = toy.along_margin(method, ZERO, beta)
         for values, (power, (low, high), ticks) in zip(at_zero, UNITS[method]):
             assert low < values / beta**power < high
             assert min(abs(values / beta**power - tick) for tick in ticks) < 1e-9  # named on the axis
