@@ -9,7 +9,6 @@ import transformers
 from helpers import VOCAB, _build, tiny_llama, tiny_neox
 from hypothesis import strategies as st
 
-from tralign_mini.models import _switch_dropout_off
 from tralign_mini.packing import pack
 
 # Softcaps that cap something, so that one that was forgotten shows; windows longer than all rows of the tests
@@ -36,7 +35,10 @@ def build(family: str, **config):
         names = {"Gemma3": "Gemma3TextConfig", "Llama4": "Llama4TextConfig"}
         config_class = getattr(transformers, names.get(family, f"{family}Config"))
         model = _build(getattr(transformers, head), config_class, 0, FAMILIES.get(family, {}) | config)
-    _switch_dropout_off(model)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
+                setattr(module, name, 0.0)
     return model.train()
 
 

@@ -9,7 +9,8 @@ import pytest
 from helpers import make_trainer, metrics, tiny_run
 
 import tralign_mini as tr
-from tralign_mini.changes import read_changes, region_at, rewind_changes, write_change
+from tralign_mini.changes import read_changes, region_at, write_change
+from tralign_mini.json_lines import drop_after
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -79,9 +80,9 @@ def test_a_recipe_with_a_fixed_reference_can_be_moved_and_then_uses_no_cached_lo
 def test_rewinding_drops_what_came_later(tmp_path):
     for step in (1, 4, 9):
         write_change(tmp_path, step, tr.TrustRegion.hard(step))
-    rewind_changes(tmp_path, 4)
+    drop_after(tmp_path / "changes.jsonl", 4)
     assert [step for step, _ in read_changes(tmp_path)] == [1, 4]
-    rewind_changes(tmp_path / "nothing", 4)  # a run without changes has no file
+    drop_after(tmp_path / "nothing", 4)  # a run without changes has no file
 
 
 def test_a_line_cut_off_by_a_kill_does_not_count(tmp_path):

@@ -88,7 +88,7 @@ BAD = [
     (["train", "{place}/broken.yaml"], ["broken.yaml", "not readable as YAML"]),
     (["train", "{place}/list.yaml"], ["key: value"]),
     (["train", "R", "alhpa=0.5"], ["no setting 'alhpa'", "did you mean 'alpha'"]),
-    (["train", "R", "lr=1e-4"], ["no setting 'lr'", "did you mean 'learning_rate'"]),
+    (["train", "R", "learnin_rate=1e-4"], ["no setting 'learnin_rate'", "did you mean 'learning_rate'"]),
     (["train", "R", "alpha"], ["not key=value"]),
     (["train", "R", "alpha=0.5", "alpha=0.6"], ["alpha is given twice"]),
     (["train", "R", "reference=soft", "alpha=0"], ["alpha=0", "greater than 0"]),

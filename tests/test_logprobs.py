@@ -249,21 +249,23 @@ def test_the_head_sees_the_positions_that_predict_a_counted_token_and_no_other(f
 @EITHER_WAY
 @FAMILIES
 @pytest.mark.parametrize("tokens", [1, 7, COUNTED - 1])
-def test_chunks_change_nothing_and_are_computed_again_for_the_gradient(family, batch, tokens, monkeypatch):
+def test_chunks_change_nothing_and_all_but_the_last_are_computed_again(family, batch, tokens, monkeypatch):
     model = build(family)
     whole = completion_logps(model, batch)
     expected = gradients_of(model, weighted(whole))
     head = Head(model)
     in_chunks_of(monkeypatch, tokens)
     found = completion_logps(model, batch)
-    sizes = [tokens] * (COUNTED // tokens) + [COUNTED % tokens] * (COUNTED % tokens > 0)
-    assert head.shapes == [(size, VOCAB) for size in sizes] and len(sizes) == math.ceil(COUNTED / tokens) > 1
+    shapes = list(head.shapes)
+    sizes = [size for size, _ in shapes]
+    assert max(sizes) <= tokens and sum(sizes) == COUNTED and len(sizes) == math.ceil(COUNTED / tokens) > 1
     torch.testing.assert_close(found, whole, **ROUNDING)
     assert_same_gradients(gradients_of(model, weighted(found)), expected)
-    assert sorted(head.shapes) == sorted(2 * [(size, VOCAB) for size in sizes])
+    assert sorted(head.shapes) == sorted(2 * shapes[:-1] + shapes[-1:])  # the last one is still there
+    before = len(head.shapes)
     with torch.no_grad():
         torch.testing.assert_close(completion_logps(model, batch), whole, **ROUNDING)
-    assert len(head.shapes) == 3 * len(sizes)
+    assert head.shapes[before:] == shapes
 
 
 def test_within_the_budget_nothing_is_computed_twice(monkeypatch):
@@ -293,7 +295,7 @@ class Alive(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 def test_no_more_than_a_chunk_of_logits_is_ever_alive(family, monkeypatch):
-    """In both passes: the logits, their log-softmax and their gradients, for the chunk in hand alone."""
+    """In both passes: the logits and their log-softmax, later its gradient, for the chunk in hand alone."""
     groups = random_groups(24)
     model = build(family, hidden_size=24, num_attention_heads=2, intermediate_size=40)
     most = []
@@ -303,8 +305,10 @@ def test_no_more_than_a_chunk_of_logits_is_ever_alive(family, monkeypatch):
         with Alive() as alive:
             weighted(completion_logps(model, packed(groups[:count], 30))).backward()
         most.append(alive.most)
-    assert most[0] == most[1] <= 4 * 4  # three copies of four rows, one more for a softcap
-    assert most[2] > 500  # and of 236 without chunks
+    print(most)
+    copies = 2 if family == "Llama" else 4  # logits and log-softmax; the softcap keeps its own
+    assert most[0] == most[1] <= copies * 4
+    assert most[2] > 400  # and of 236 without chunks
 
 
 @EITHER_WAY
@@ -477,3 +481,12 @@ def test_other_shapes_and_missing_keys_are_refused():
     refused(r"attention_mask \(1, 6\)", attention_mask=torch.ones(1, 6))  # would broadcast
     refused(r"input_ids \(6,\).*\(sequences, length\)", **{k: v[0] for k, v in make_batch(SEQUENCES).items()})
     refused("the batch has no completion_mask. It needs", completion_mask=None)
+
+
+def test_a_second_pass_backward_is_refused_rather_than_wrong():
+    """The first one writes over what the second would read."""
+    model = build("Llama")
+    loss = weighted(completion_logps(model, packed(GROUPS)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -158,8 +158,11 @@ def alive_in_a_real_step(recipe) -> tuple[float, float]:
         with bf16:
             loss = completion_logps(policy, batch).sum()
         kept = ledger.now.total()
+        del loss
         with bf16, reference.using() as module:
             completion_logps(module, batch)
+        with bf16:
+            loss = completion_logps(policy, batch).sum()
         loss.backward()
     return kept, ledger.peak.total()
 

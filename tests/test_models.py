@@ -266,7 +266,7 @@ def test_a_model_whose_weights_do_not_fit_is_refused(tmp_path, change, message):
 
 
 def test_an_adapter_is_not_taken_for_a_whole_model(adapter):
-    with pytest.raises(ValueError, match="it is a PEFT adapter: download it"):  # as one on the Hub would be
+    with pytest.raises(ValueError, match="it is a PEFT adapter: download its base"):
         models.load_base(str(adapter), torch.float32)
 
 

@@ -193,7 +193,7 @@ def test_one_pass_of_kto_is_one_pass_of_each_model(tmp_path):
         hook = lambda *_, name=name: calls.append((name, torch.is_grad_enabled()))  # noqa: E731
         model.model.register_forward_hook(hook)
     trainer.compute_loss(trainer.model, batch)
-    assert calls == [("policy", True), ("reference", False)]
+    assert calls == [("reference", False), ("policy", True)]
 
 
 def test_the_reference_shares_prompts_in_a_step_of_several_micro_batches(tmp_path):

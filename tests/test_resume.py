@@ -431,7 +431,7 @@ def test_another_start_model_is_refused(tmp_path, tuning):
     with torch.no_grad():
         changed.gpt_neox.layers[1].mlp.dense_h_to_4h.weight.mul_(1.001)
     write_model(Path(settings["model"]), changed)
-    with pytest.raises(ValueError, match=r"model=.* is not the same any more.*weights"):
+    with pytest.raises(ValueError, match="the model that .* is not the same any more"):
         tr.train(settings, resume=True)
     write_model(Path(settings["model"]))
     assert len(tr.train(settings, resume=True).history) == 7
@@ -442,7 +442,7 @@ def test_other_data_are_refused(tmp_path):
     tr.train(settings, stop=Stop(2))
     data = Path(settings["data"])
     write_pairs(data, 40, seed=1)
-    with pytest.raises(ValueError, match=r"data=.* is not the same any more.*tokenized rows"):
+    with pytest.raises(ValueError, match="the data that .* is not the same any more"):
         tr.train(settings, resume=True)
     write_pairs(data, 40)
     assert len(tr.train(settings, resume=True).history) == 7

@@ -94,7 +94,7 @@ def test_the_gradient_by_hand():
 
 
 def test_the_loss_refuses_what_is_no_reward():
-    with pytest.raises(ValueError, match="rejected_rewards is a torch.int64.* rewards are.*completion_"):
+    with pytest.raises(ValueError, match="rejected_rewards is a torch.int64.*floating-point.*completion_"):
         bradley_terry_loss(torch.zeros(2), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"chosen_rewards \(2,\), rejected_rewards \(1,\)"):
         bradley_terry_loss(torch.zeros(2), torch.zeros(1))

@@ -338,7 +338,7 @@ def test_an_adapter_with_dora_is_refused_before_anything_is_trained(tmp_path, mo
 def test_data_of_the_wrong_kind(tmp_path):
     (tmp_path / "kto.jsonl").write_text(
         json.dumps({"prompt": "w3", "completion": "w4", "label": True}) + "\n")
-    refused(tmp_path, "'dpo' needs pairs.*Use method=kto", data=str(tmp_path / "kto.jsonl"))
+    refused(tmp_path, "'dpo' needs the columns.*Use method=kto", data=str(tmp_path / "kto.jsonl"))
 
 
 def test_data_smaller_than_a_batch(tmp_path):

@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 from lora_helpers import adapted, shake
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from tralign_mini.adapters import guard_4bit
 from tralign_mini.data import collate
 from tralign_mini.logprobs import completion_logps, plain_completion_logps, shared_prompt_mask
 from tralign_mini.packing import group_length, lay_out
-from tralign_mini.reference import AdapterReference, guard_4bit
+from tralign_mini.reference import AdapterReference
 from tralign_mini.sharing import PACKED, NotExact, row_limit
 
 ROUNDING = {"rtol": 3e-7, "atol": 1e-5}  # of float32: 1e-5, and the last bits of large sums

@@ -22,21 +22,17 @@ from .tokens import collate
 class StepStream(Dataset):
     """The rows of a run in the order in which it sees them: `steps * batch_size` of them, epoch after epoch.
 
-    Step s holds the rows s * batch_size ... (s + 1) * batch_size - 1 of this stream, whatever the micro-batch
-    size and the number of processes. Which rows these are is the seed's choice; within the step they stand by
-    length, so that micro-batches hold little padding. For KTO each row also gets `mismatched_ids`: a
-    completion that belongs to another prompt of the same step, for the reference point z0.
+    Step s holds the rows s * batch_size ... (s + 1) * batch_size - 1 of this stream. Which rows these are is
+    the seed's choice; within the step they stand by length, so that micro-batches hold little padding. For
+    KTO each row also gets `mismatched_ids`: a completion of another prompt of the step, for z0.
     """
 
     def __init__(self, rows: list[dict], recipe: Recipe, steps: int):
         self.rows, self.recipe = rows, recipe
-        # of a reference that never moves, by row (kto: by position)
-        self.reference_logps: dict[int, list[float]] | None = None
-        epochs = math.ceil(steps * recipe.batch_size / len(rows))
-        order = [
-            np.random.default_rng([recipe.seed, epoch]).permutation(len(rows)) for epoch in range(epochs)
-        ]
-        order = np.concatenate(order)[: steps * recipe.batch_size]
+        self.reference_logps: dict[int, list[float]] | None = None  # if it never moves; by row, kto: position
+        epochs = range(math.ceil(steps * recipe.batch_size / len(rows)))
+        orders = [np.random.default_rng([recipe.seed, epoch]).permutation(len(rows)) for epoch in epochs]
+        order = np.concatenate(orders)[: steps * recipe.batch_size]
         lengths = np.array([sum(len(ids) for ids in row.values() if isinstance(ids, list)) for row in rows])
         self.order, self.partners = np.empty_like(order), np.empty_like(order)
         for first in range(0, len(order), recipe.batch_size):
@@ -70,15 +66,12 @@ class StepStream(Dataset):
         """For each row the next one of the step, round the end, whose prompt is another one."""
         prompts = [self.rows[i]["prompt_ids"] for i in step]
         if all(prompt == prompts[0] for prompt in prompts):
-            raise ValueError(
-                f"method=kto: optimizer step {first // self.recipe.batch_size + 1} holds a single prompt, "
-                "so no completion of another prompt is there for the reference point z0. "
-                "Use a batch_size of at least 2 (better 8), and data with more than one prompt."
-            )
+            number = first // self.recipe.batch_size + 1
+            raise ValueError(f"method=kto: optimizer step {number} holds a single prompt; z0 needs a "
+                             "completion of another one. Take a batch_size of 2 or more, and more prompts.")
         n = len(step)
-        return np.array(
-            [next(step[k % n] for k in range(i + 1, i + n) if prompts[k % n] != prompts[i]) for i in range(n)]
-        )
+        return np.array([next(step[k % n] for k in range(i + 1, i + n) if prompts[k % n] != prompts[i])
+                         for i in range(n)])
 
 
 def group_of(row: dict) -> Group:

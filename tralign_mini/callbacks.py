@@ -18,10 +18,8 @@ class TrustRegionCallback(TrainerCallback):
         self.trainer, self.control = trainer, control
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if self.control is None:
-            return
-        region, step = self.control(state.global_step + 1), state.global_step + 1
-        if region != self.trainer.trust_region:
+        step = state.global_step + 1
+        if self.control is not None and (region := self.control(step)) != self.trainer.trust_region:
             write_change(self.trainer.directory, step, region)
             self.trainer.trust_region = region
 
@@ -51,9 +49,9 @@ class Progress(TrainerCallback):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=hidden)
 
     def show(self, row: dict) -> None:
-        numbers = {name: row.get(key) for name, key in (("loss", "loss"), ("margin", "rewards/margin"))}
-        numbers = {name: f"{value:.3f}" for name, value in numbers.items() if value is not None}
-        self.bar.set_postfix(numbers | {"updates": row.get("reference_updates", 0)}, refresh=False)
+        shown = {name: f"{row[key]:.3f}" for name, key in (("loss", "loss"), ("margin", "rewards/margin"))
+                 if row.get(key) is not None}
+        self.bar.set_postfix(shown | {"updates": row.get("reference_updates", 0)}, refresh=False)
         self.bar.update()
 
     def on_train_end(self, args, state, control, **kwargs):

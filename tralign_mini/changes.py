@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .json_lines import append_row, read_rows, write_rows
+from .json_lines import append_row, read_rows
 from .trust_region import TrustRegion
 
 FILE = "changes.jsonl"
 
 
 def write_change(directory: Path, step: int, region: TrustRegion) -> None:
-    """Append a change; it holds from optimizer step `step` on."""
     append_row(Path(directory) / FILE, {"step": step, "alpha": region.alpha, "tau": region.tau})
 
 
@@ -28,10 +27,3 @@ def read_changes(directory: Path) -> list[tuple[int, TrustRegion]]:
 def region_at(changes: list[tuple[int, TrustRegion]], step: int, start: TrustRegion) -> TrustRegion:
     """The trust region that holds at `step`: the last change up to it, or `start`."""
     return next((region for at, region in reversed(changes) if at <= step), start)
-
-
-def rewind_changes(directory: Path, step: int) -> None:
-    """Drop what was changed after `step`: a resumed run goes on from there."""
-    path = Path(directory) / FILE
-    if path.exists():
-        write_rows(path, [row for row in read_rows(path) if row["step"] <= step])

@@ -1,9 +1,8 @@
 """What a run needs in order to go on as if it had never stopped: its policy, proof of it, and a seal.
 
-`Trainer` keeps optimizer, scheduler and random states. It does not keep the reference, and its own way back
-loads raw keys non-strictly: transformers saves GPT-NeoX's `lm_head` as `embed_out`, so the head would
-silently stay at its initial value. Here weights come back through `from_pretrained`'s key mapping and have
-to match a hash.
+`Trainer` keeps optimizer, scheduler and random states, but its own way back loads raw keys non-strictly:
+transformers saves GPT-NeoX's `lm_head` as `embed_out`, so the head would silently stay at its initial value.
+Here weights come back through `from_pretrained`'s key mapping and have to match a hash.
 """
 
 from __future__ import annotations
@@ -49,8 +48,8 @@ def weight_hash(policy: torch.nn.Module) -> str:
 def start_hash(policy: torch.nn.Module) -> str:
     """SHA-256 of what a run begins from: the weights that training changes, and the frozen ones beside them.
 
-    Of a frozen tensor some 4096 numbers count, evenly spaced: another model differs there, too, and a large
-    base is not read in full. 4-bit codes count with their scales: twice the weights have the same codes.
+    Of a frozen tensor some 4096 numbers count, evenly spaced, so that a large base is not read in full; of
+    4-bit codes their scales, too: twice the weights have the same codes.
     """
     digest = hashlib.sha256(weight_hash(policy).encode())
     for name, parameter in sorted(policy.named_parameters()):
@@ -69,16 +68,13 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 def save_policy(policy: torch.nn.Module, folder: Path) -> None:
     """Write the policy as an ordinary model folder, or as a PEFT folder with the adapter `default` alone."""
+    adapters = {"selected_adapters": ["default"]} if isinstance(policy, PeftModel) else {}
     with quietly():
-        if isinstance(policy, PeftModel):
-            policy.save_pretrained(folder, selected_adapters=["default"])
-        else:
-            policy.save_pretrained(folder)
+        policy.save_pretrained(folder, **adapters)
 
 
 def restore_policy(policy: torch.nn.Module, folder: Path) -> None:
     """Load a checkpoint's weights into `policy`; every key must fit and the hash must be the stored one."""
-    folder = Path(folder)
     try:
         missing, unexpected = _load_weights(policy, folder)
     except SafetensorError as error:
@@ -110,12 +106,16 @@ def write_seal(folder: Path, content: dict) -> None:
     os.replace(scratch, Path(folder) / SEAL)
 
 
-def read_seal(folder: Path) -> dict:
-    """What `write_seal` stored: step, weight hashes of the policy and of its start, processes."""
+def read_seal(folder: Path, start: dict[str, str] | None = None) -> dict:
+    """What `write_seal` stored; ValueError if the run began from something else than `start`."""
     try:
-        return json.loads((Path(folder) / SEAL).read_text())
+        seal = json.loads((Path(folder) / SEAL).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder}: its {SEAL} cannot be read ({error}). {DAMAGED}") from error
+    if changed := [name for name, own in (start or {}).items() if seal["start"][name] != own]:
+        raise ValueError(f"resume: the {changed[0]} that this run began from is not the same any more by its "
+                         "hash. Put the old state back, or start a new run elsewhere.")
+    return seal
 
 
 def checkpoints(directory: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import json
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,6 @@ Settings = Annotated[list[str] | None, typer.Argument(help="settings of the reci
 
 
 def main() -> None:
-    """Entry point of the `tralign` command."""
     try:
         app()
     except KeyboardInterrupt:
@@ -77,10 +77,10 @@ def mpo(recipe: RecipeName, settings: Settings = None) -> None:
 
     A setting of a stage begins with its name: easy.beta=0.1, ppo.kl_coef=0.05.
     """
+    from .mpo import train_mpo
     from .recipe import parse_overrides
 
     overrides = parse_overrides(settings or [])
-    from .mpo import train_mpo
 
     with _until_stopped() as stop:
         run = train_mpo(recipe, stop=stop, **overrides)
@@ -128,8 +128,8 @@ def evaluate(
 ) -> None:
     """Sample finished runs again, measure them, and print the comparison.
 
-    With --judge: two runs, or one and its initial policy, on the samples that they have; --prompts or --seed
-    sample them again first. A language model's answers are kept, so a killed command goes on where it was.
+    With --judge: two runs, or one and its initial policy, on the samples that they have (--prompts or --seed:
+    on new ones). A language model's answers are kept, so a killed command goes on where it was.
     """
     from .comparison import compare as compare_runs
     from .comparison import names_of
@@ -166,12 +166,9 @@ def evaluate(
 
 def _json_object(text: str) -> dict | None:
     try:
-        found = json.loads(text or "null")
-    except json.JSONDecodeError:
-        found = text
-    if found is not None and not isinstance(found, dict):
-        raise ValueError(f"--settings {text} is not a JSON object, such as '{{\"temperature\": 0}}'.")
-    return found
+        return dict(**json.loads(text)) if text else None
+    except (ValueError, TypeError):
+        raise ValueError(f"--settings {text} is not a JSON object, as '{{\"temperature\": 0}}'.") from None
 
 
 @app.command()
@@ -212,12 +209,12 @@ def doctor(
         raise ValueError(f"{settings[0]} is a setting, of which recipe? Say --recipe RECIPE {settings[0]}")
     from .doctor import examine
 
-    findings = examine()
-    for name, value in findings.facts.items():
+    facts, problems = examine()
+    for name, value in facts.items():
         _say(f"{name:<16}{value}")
-    for problem in findings.problems:
+    for problem in problems:
         console.print(f"[yellow]would fail[/]      {escape(problem)}", soft_wrap=True)
-    if not findings.problems:
+    if not problems:
         console.print("[green]nothing that would fail[/]")
 
 
@@ -228,10 +225,10 @@ def _will_it_fit(name: str, settings: list[str]) -> None:
     from .memory import predict, smaller
 
     prediction = predict(recipe)
-    parts = sorted(prediction.parts.items(), key=lambda item: -item[1])
-    rows = [(part, _bytes(size)) for part, size in parts if size >= 2**19]  # half of the last digit
-    rows += [("peak", _bytes(prediction.total)), ("free on this device", _bytes(prediction.free))]
-    _print_table([f"at the peak: {prediction.moment}", "memory"], rows)
+    parts = {part: size for part, size in Counter(prediction.parts).most_common() if size >= 2**19}
+    parts |= {"peak": prediction.total, "free on this device": prediction.free}
+    _print_table([f"at the peak: {prediction.moment}", "memory"],
+                 [(part, _bytes(size)) for part, size in parts.items()])
     _say(f"{recipe.micro_batch_size or recipe.batch_size} rows at once, each as long as the recipe allows: "
          f"prompts of {recipe.max_prompt_tokens} and completions of {recipe.max_completion_tokens} tokens")
     if prediction.fits:

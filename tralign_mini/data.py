@@ -40,8 +40,8 @@ def load_dataset(name_or_path: str | Path, split: str = "train") -> datasets.Dat
     """A data set in the schema of this module: prompt, chosen, rejected; or prompt, completion and label.
 
     `name_or_path`: one of `NAMES`, a Hub name `owner/name`, a file (`EXTENSIONS`), or a folder with train.*
-    and test.*. A pair whose dialogues differ before the last answer has no prompt: it is kept with prompt
-    None, so that `prepare` drops and counts it. Raises ValueError, FileNotFoundError or ConnectionError.
+    and test.*. A pair whose dialogues differ before the last answer is kept with prompt None, for `prepare`
+    to drop and count. Raises ValueError, FileNotFoundError or ConnectionError.
     """
     name, path = str(name_or_path), Path(name_or_path).expanduser()
     if name in WORLDS:
@@ -64,7 +64,6 @@ def load_dataset(name_or_path: str | Path, split: str = "train") -> datasets.Dat
 
 
 def _hub_arguments(name: str, split: str) -> dict:
-    """What `datasets.load_dataset` needs for a name."""
     if name not in NAMES:
         return {"path": name, "split": split}
     if split not in ("train", "test"):
@@ -193,10 +192,7 @@ def _to_schema(rows: Iterator[tuple[int, dict]], source: str) -> datasets.Datase
     if all(row["prompt"] is None for row in out):
         raise ValueError(f"{source}: no row has a prompt. Without a column prompt, chosen and rejected must "
                          f"be dialogues, equal up to the last answer: texts with {TURN!r}, or chat messages.")
-    text = datasets.Value("string")
-    content = datasets.List({"role": text, "content": text}) if kind else text
-    features = {c: datasets.Value("bool") if c == "label" else content for c in out[0]}
-    return datasets.Dataset.from_list(out, features=datasets.Features(features))
+    return datasets.Dataset.from_list(out)
 
 
 def _form_of(row: dict):

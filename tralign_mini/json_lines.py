@@ -9,8 +9,7 @@ from pathlib import Path
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The objects; none if there is no file. A last line without its newline was cut off by a kill and does
-    not count; ValueError for any other line that is not JSON."""
+    """The objects, none without a file; of a last line that a kill cut off none. ValueError for bad lines."""
     rows = []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     for number, line in enumerate(lines, 1):
@@ -29,6 +28,12 @@ def write_rows(path: Path, rows: Iterable[dict]) -> Path:
     scratch.write_text("".join(_line(row) for row in rows), encoding="utf-8")
     os.replace(scratch, path)
     return path
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Drop the rows of later steps, if there is a file: a resumed run goes on from there."""
+    if path.is_file():
+        write_rows(path, [row for row in read_rows(path) if row["step"] <= step])
 
 
 def append_row(path: Path, row: dict) -> None:

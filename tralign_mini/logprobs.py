@@ -12,19 +12,20 @@ way the vocabulary projection, often a third of the work, runs only where a coun
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 from .attention import by_group, know_groups
 
-LOGIT_BYTES = 2**27  # float32 logits that are held at once; with more of them each part is computed twice
+LOGIT_BYTES = 2**27  # float32 logits held at once; with more, all parts but the last are computed twice
 SEQUENCES = ("input_ids", "attention_mask", "completion_mask")
 
 
@@ -133,16 +134,33 @@ def _token_logps(model, inputs: dict, source, target) -> torch.Tensor:
         return _log_softmax_at(_capped(head(hidden), softcap), target)
 
     at_once = max(1, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size))
-    if len(target) <= at_once:
-        return project(hidden, target)
-    chunks = zip(hidden.split(at_once), target.split(at_once))
-    if not torch.is_grad_enabled():
-        return torch.cat([project(*chunk) for chunk in chunks])
-    return torch.cat([checkpoint(project, *chunk, use_reentrant=False) for chunk in chunks])
+    parts = max(1, math.ceil(len(target) / at_once))
+    *chunks, last = zip(hidden.chunk(parts), target.chunk(parts))
+    # The last is at hand when backward begins, so keeping it does not raise the peak
+    done = [checkpoint(project, *chunk, use_reentrant=False) for chunk in chunks]
+    return torch.cat([*done, project(*last)])
 
 
 def _log_softmax_at(logits, target):
-    return -F.cross_entropy(logits.float(), target, reduction="none")
+    return _LogSoftmaxAt.apply(logits.float(), target)
+
+
+class _LogSoftmaxAt(torch.autograd.Function):
+    """`-F.cross_entropy(logits, target, reduction="none")` with one tensor of the logits' size, not three."""
+
+    @staticmethod
+    def forward(ctx, logits, target):
+        logps = logits.log_softmax(-1)
+        ctx.save_for_backward(logps, target)
+        return logps.gather(-1, target[:, None]).squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        logps, target = ctx.saved_tensors
+        grad = grad[:, None]
+        logits_grad = logps.exp_().mul_(-grad)  # in place: autograd refuses a second pass backward
+        return logits_grad.scatter_add_(-1, target[:, None], grad), None
 
 
 def _capped(logits, softcap):

@@ -1,12 +1,12 @@
 """Will it fit? The peak memory of a run, predicted before anything big is loaded, and what makes it smaller.
 
-The bytes come from a rehearsal of the run without numbers (`rehearsal.py`). For a CPU they were compared with
-measured peaks (within 15 %); for a GPU they come out of the same rehearsal, and none was measured yet.
+The bytes come from a rehearsal without numbers (`rehearsal.py`): within 15 % of what was measured on a CPU.
 """
 
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +30,10 @@ class Prediction:
 
     @property
     def moment(self) -> str:
-        """The moment that needs most."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
     def parts(self) -> dict[str, float]:
-        """What is alive at that moment."""
         return self.moments[self.moment]
 
     @property
@@ -45,20 +43,18 @@ class Prediction:
 
     @property
     def fits(self) -> bool:
-        """Whether so much is free."""
         return self.total <= self.free
 
 
 def predict(recipe: Recipe, rows: list[dict] | None = None) -> Prediction:
     """Peak memory of a run in one process, on the device that it would use.
 
-    rows: as `prepare` makes them, for the peak over these; by default all rows are as long as the recipe
-    allows, which real ones seldom are. On a CPU the bytes are resident memory beyond that of the imported
-    libraries. ValueError for method=ppo, and if the model has no config here, or code that needs numbers.
+    rows: as `prepare` makes them; by default all are as long as the recipe allows, which real ones seldom
+    are. On a CPU the bytes are resident memory beyond that of the imported libraries. ValueError for
+    method=ppo, and if the model has no config here, or code that needs numbers.
     """
     if recipe.method == "ppo":
-        raise ValueError("the memory of method=ppo is not predicted: it holds a value function and a reward "
-                         "model, too, and samples. Try a short run: max_steps=3.")
+        raise ValueError("the memory of method=ppo is not predicted. Try a short run: max_steps=3.")
     device = this_process().device
     with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # of PEFT's calls
         rehearsal = Rehearsal(recipe, on_cpu=device.type == "cpu")
@@ -74,12 +70,10 @@ def predict(recipe: Recipe, rows: list[dict] | None = None) -> Prediction:
 
 
 def smaller(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[dict, Prediction]]:
-    """Changes to a recipe that does not fit, and what it needs with them: (settings, prediction).
-
-    Each adds to the one before, until the run fits; what hardly helps is left out.
-    """
+    """(changes to a recipe that does not fit, what it needs with them); each adds to those before, until the
+    run fits. What hardly helps is left out."""
     tunings = ("full", "lora", "qlora")
-    ways = [("micro_batch_size", _micro_batch_size(recipe, prediction)), ("gradient_checkpointing", True),
+    ways = [("micro_batch_size", _micro_batch_size(recipe)), ("gradient_checkpointing", True),
             ("eval_prompts", min(recipe.eval_prompts, SAMPLED_AT_ONCE // 8)),
             ("max_prompt_tokens", -(-recipe.max_prompt_tokens // 2)),
             *(("tuning", tuning) for tuning in tunings[tunings.index(recipe.tuning) + 1 :])]
@@ -93,13 +87,15 @@ def smaller(recipe: Recipe, prediction: Prediction) -> Iterator[tuple[dict, Pred
             return
 
 
-def _micro_batch_size(recipe: Recipe, prediction: Prediction) -> int:
-    """The largest that fits, by a straight line from what one row needs to what all need; else 1."""
+def _micro_batch_size(recipe: Recipe) -> int:
+    """The largest that fits, else 1."""
     now = recipe.micro_batch_size or recipe.batch_size
-    least = predict(recipe.replace(micro_batch_size=1)).total
-    slope = (prediction.total - least) / max(1, now - 1)
-    sizes = [size for size in range(1, now) if recipe.batch_size % size == 0]
-    return max((size for size in sizes if least + slope * (size - 1) <= prediction.free), default=1)
+    sizes = [size for size in range(1, now + 1) if recipe.batch_size % size == 0]
+
+    def too_large(size: int) -> bool:
+        return not predict(recipe.replace(micro_batch_size=size)).fits
+
+    return sizes[max(0, bisect_left(sizes, True, key=too_large) - 1)]
 
 
 def free_memory(device: torch.device) -> int:

@@ -27,10 +27,12 @@ from peft import (
 )
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging
@@ -63,8 +65,8 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
 def load_tokenizer(name: str, *, separate_pad: bool = False):
     """The tokenizer of a model or of the base under an adapter; the pad token is EOS where there is none.
 
-    separate_pad: take another special token than EOS. A sequence classifier reads at the last token that is
-    no padding; with EOS as padding it would not see whether an answer has an end.
+    separate_pad: take another special token than EOS, for a sequence classifier, which reads at the last
+    token that is no padding: it has to see whether an answer has an end.
     """
     path = model_path(name)
     with loading(name):
@@ -72,8 +74,8 @@ def load_tokenizer(name: str, *, separate_pad: bool = False):
             path = _adapter_config(path).base_model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"model={name!r}: its tokenizer has no end-of-sequence token, so a model could not "
-                         "learn where an answer ends. Give the tokenizer an eos_token and save it again.")
+        raise ValueError(f"model={name!r}: its tokenizer has no end-of-sequence token, so no answer could "
+                         "end. Give the tokenizer an eos_token and save it again.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks, not the id, decide what counts
     if separate_pad and tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -85,55 +87,63 @@ def load_tokenizer(name: str, *, separate_pad: bool = False):
         if not free:
             raise ValueError(f"model={name!r}: its tokenizer has no special token but EOS, and a reward "
                              "model needs another one as padding. Give the tokenizer a pad_token of its own "
-                             "(and the model a row for it) and save both again.")
+                             "(and the model a row for it).")
         tokenizer.pad_token = free[0]
     return tokenizer
 
 
 def load_policy(recipe: Recipe) -> PreTrainedModel | PeftModel:
-    """The policy of a recipe, ready to be trained.
+    """The policy of a recipe, ready to be trained: for `method=reward` a sequence classifier with a new head.
 
-    `tuning=full` gives a float32 model whose weights all require a gradient. `lora` and `qlora` give a
-    `PeftModel` with the trainable float32 adapter `default` on one base model (4-bit NF4 for `qlora`). When
-    `model` is a PEFT folder, training goes on from that adapter and a frozen copy, `initial`, stays beside
-    it. For `method=reward` it is a sequence classifier with a new head, which a `PeftModel` trains in full.
+    `tuning=full`: all weights in float32. `lora`, `qlora`: a `PeftModel` with the trainable float32 adapter
+    `default` on one base model (4-bit NF4 for `qlora`). When `model` is a PEFT folder, training goes on from
+    that adapter, and a frozen copy, `initial`, stays beside it.
     """
-    adapter, reward = is_adapter(recipe.model), recipe.method == "reward"
+    (base, config), reward = start_of(recipe), recipe.method == "reward"
     head_seed = recipe.seed if reward else None
     if recipe.tuning == "full":
-        if adapter:
-            raise ValueError(f"model={recipe.model!r} is a PEFT adapter, and tuning=full trains all weights. "
-                             "Use tuning=lora (or qlora) to go on from it, or merge it into its base first.")
-        policy = load_base(recipe.model, torch.float32, head_seed=head_seed)
+        policy = load_base(base, torch.float32, head_seed=head_seed)
     else:
-        folder, base = model_path(recipe.model), recipe.model
-        if adapter:
-            with loading(recipe.model):
-                config = _adapter_config(folder)
-            if not reward:
-                refuse_unaverageable(config)
-            base = config.base_model_name_or_path
         model = load_base(base, compute_dtype(recipe), four_bit=recipe.tuning == "qlora", head_seed=head_seed)
         model.requires_grad_(False)
-        if adapter and reward:
-            with loading(recipe.model):
-                policy = _with_new_head(model, config, folder)
-        elif adapter:
-            with loading(recipe.model):
-                policy = PeftModel.from_pretrained(model, folder, is_trainable=True)
-            add_initial_adapter(policy)
-        else:
+        if config is None:
             torch.manual_seed(recipe.seed)
-            kind = HEAD if reward else {"task_type": "CAUSAL_LM"}
-            config = LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha,
-                                lora_dropout=recipe.lora_dropout, target_modules="all-linear", **kind)
-            policy = get_peft_model(model, config)
+            policy = get_peft_model(model, fresh_adapter(recipe))
+        elif reward:
+            with loading(recipe.model):
+                policy = _with_new_head(model, config, recipe.model)
+        else:
+            with loading(recipe.model):
+                policy = PeftModel.from_pretrained(model, recipe.model, is_trainable=True)
+            add_initial_adapter(policy)
     if reward:
         set_pad_token(policy, load_tokenizer(recipe.model, separate_pad=True))
     if recipe.gradient_checkpointing:
         checkpointed = policy.get_base_model() if isinstance(policy, PeftModel) else policy
         checkpointed.activation_checkpointing_enable({"use_reentrant": False})
     return policy.train()
+
+
+def start_of(recipe: Recipe) -> tuple[str, LoraConfig | None]:
+    """The base model's name, and the config of the adapter that training goes on from, if there is one."""
+    if not is_adapter(recipe.model):
+        return recipe.model, None
+    if recipe.tuning == "full":
+        raise ValueError(f"model={recipe.model!r} is a PEFT adapter, and tuning=full trains all weights. "
+                         "Use tuning=lora (or qlora), or merge it into its base first.")
+    with loading(recipe.model):
+        config = _adapter_config(recipe.model)
+    if recipe.method != "reward":
+        refuse_unaverageable(config)
+    config.inference_mode = False
+    return config.base_model_name_or_path, config
+
+
+def fresh_adapter(recipe: Recipe) -> LoraConfig:
+    """The policy's adapter, if training does not go on from one."""
+    kind = HEAD if recipe.method == "reward" else {"task_type": "CAUSAL_LM"}
+    return LoraConfig(r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, lora_dropout=recipe.lora_dropout,
+                      target_modules="all-linear", **kind)
 
 
 def load_base(name: str, dtype: torch.dtype, *, four_bit: bool = False, classifier: bool = False,
@@ -145,21 +155,20 @@ def load_base(name: str, dtype: torch.dtype, *, four_bit: bool = False, classifi
     """
     classifier, options = classifier or head_seed is not None, {"dtype": dtype}
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    if classifier:
-        options["num_labels"] = 1
     if four_bit:
         try:
             import bitsandbytes  # noqa: F401
         except ImportError as error:
-            raise ValueError("tuning=qlora needs bitsandbytes for the 4-bit base, and it is not installed. "
-                             "Install it (pip install bitsandbytes) or use tuning=lora.") from error
+            raise ValueError("tuning=qlora needs bitsandbytes: pip install bitsandbytes.") from error
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["score"] if classifier else None)
         options["device_map"] = {"": this_process().device}
     with loading(name):
-        with _quiet():
-            model, info = auto.from_pretrained(model_path(name), output_loading_info=True, **options)
+        if is_adapter(name):
+            raise ValueError("it is a PEFT adapter: download its base and take tuning=lora")
+        options |= {"config": config_of(model_path(name), classifier), "output_loading_info": True}
+        model, info = auto.from_pretrained(model_path(name), **options)
         missing = sorted(info["missing_keys"])
         if missing == ["score.weight"] and head_seed is not None:
             generator = torch.Generator().manual_seed(head_seed)
@@ -167,16 +176,22 @@ def load_base(name: str, dtype: torch.dtype, *, four_bit: bool = False, classifi
             model.score.weight.data, missing = head.to(model.score.weight), []
         if missing:
             raise ValueError(f"its files lack {', '.join(missing[:3])}, which would be random numbers")
-        if getattr(model, "_hf_peft_config_loaded", False):  # as transformers does with an adapter on the Hub
-            raise ValueError("it is a PEFT adapter: download it and give its folder with tuning=lora")
     if classifier:
         model.score.float()  # rewards of 8 bits would tie
     if four_bit:
         guard_4bit(model)
     else:
         model.to(this_process().device)
-    _switch_dropout_off(model)
     return model
+
+
+def config_of(path: str, classifier: bool) -> PretrainedConfig:
+    """A model's config, without dropout: the log-ratio compares policies, noise in one is no preference."""
+    config = AutoConfig.from_pretrained(path, **{"num_labels": 1} if classifier else {})
+    text = config.get_text_config()
+    for name in [name for name, value in vars(text).items() if "drop" in name and isinstance(value, float)]:
+        setattr(text, name, 0.0)
+    return config
 
 
 def set_pad_token(classifier: PreTrainedModel | PeftModel, tokenizer) -> None:
@@ -186,7 +201,7 @@ def set_pad_token(classifier: PreTrainedModel | PeftModel, tokenizer) -> None:
 
 def _with_new_head(model: PreTrainedModel, config: LoraConfig, folder: str) -> PeftModel:
     """The adapter of a language model (or of a classifier) on a classifier, trainable, as is the head."""
-    config.task_type, config.modules_to_save, config.inference_mode = *HEAD.values(), False
+    config.task_type, config.modules_to_save = HEAD.values()
     policy = get_peft_model(model, config)
     head = {"base_model.model.score.weight": model.score.original_module.weight}  # unless the folder has one
     found = set_peft_model_state_dict(policy, head | load_peft_weights(folder, device="cpu"))
@@ -196,21 +211,10 @@ def _with_new_head(model: PreTrainedModel, config: LoraConfig, folder: str) -> P
     return policy
 
 
-def _switch_dropout_off(model: PreTrainedModel) -> None:
-    """The log-ratio compares two policies: noise in one of them is not a preference."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):  # as attention_dropout, which is no module
-                setattr(module, name, 0.0)
-
-
 def this_process() -> PartialState:
     """Which one of how many processes this is, and its device: its CUDA GPU, or else the CPU.
 
-    Without a GPU accelerate has to be told, or each of several processes takes itself for the only one. The
-    others wait while the main one samples or computes a fixed reference: NCCL would give up after 10 minutes.
+    The others wait while the main one samples or computes a fixed reference: NCCL gives up after 10 minutes.
     """
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))
 
@@ -224,12 +228,17 @@ def _adapter_config(folder: str) -> PeftConfig:
 
 @contextmanager
 def loading(name: str):
-    """One ValueError for all that goes wrong inside: what was looked for, why it failed, what to give."""
+    """One ValueError for all that goes wrong inside: what was looked for, why it failed, what to give.
+
+    Nothing but errors is printed: missing keys are checked, the last of the Hub's retries is in the message.
+    """
+    before = [(library, library.get_verbosity()) for library in (logging, hub_logging)]
     try:
+        for library, _ in before:
+            library.set_verbosity_error()
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")  # they would be random numbers
-            with _quiet(hub_logging):  # each of its retries: the last one's reason is in the message
-                yield
+            yield
     except (OSError, ValueError, RuntimeError, SafetensorError, UserWarning) as error:
         looks_local = Path(model_path(name)).exists() or name.startswith((".", "/", "~"))
         where = "as a local folder" if looks_local else "as a local folder and on the Hugging Face Hub"
@@ -237,25 +246,17 @@ def loading(name: str):
         raise ValueError(f"model={name!r} could not be loaded; looked for {where}. Reason: {reason}. Give a "
                          "folder made by save_pretrained, a Hub name, or an embedded world "
                          f"({', '.join(WORLDS)}).") from error
-
-
-@contextmanager
-def _quiet(logging=logging):
-    """Nothing but errors; of transformers no table of missing or unexpected keys: those are checked."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
     finally:
-        logging.set_verbosity(verbosity)
+        for library, verbosity in before:
+            library.set_verbosity(verbosity)
 
 
 def keep_freed_memory() -> None:
     """On Linux: let the C library keep the memory of freed tensors for the next ones, up to 1 GiB each.
 
-    By default each large tensor goes back to the system and the next one comes page by page, filled with
-    zeros: 7 % of an optimizer step of 70 M parameters on two cores. Where the next step's tensors have other
-    sizes it costs memory (`rehearsal.HOLES`). What loading and checking have left is given back first.
+    Else each large tensor goes back to the system and the next one comes page by page, filled with zeros: 7 %
+    of a step of 70 M parameters on two cores. It costs memory where the next step's tensors have other sizes
+    (`rehearsal.HOLES`). What loading and checking have left is given back first.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # not in musl
     if mallopt is not None:

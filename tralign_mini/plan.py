@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 WITHOUT_REFERENCE = ("orpo", "simpo", "sft", "reward")
 
 
-
 def unit_of(method: str) -> str:
     """What a row of the data is."""
     return {"kto": "completions", "sft": "completions", "ppo": "prompts"}.get(method, "pairs")
@@ -22,9 +21,11 @@ def unit_of(method: str) -> str:
 
 def in_words(recipe: Recipe, steps: int, epochs: float, updates: int) -> dict[str, str]:
     """What a run is, for the plan before it and the report after it."""
-    method = f"{recipe.method}, beta {recipe.beta:g}, {recipe.logps} of log-probs over tokens"
-    if recipe.method == "ppo":
-        method = f"ppo, KL coefficient {recipe.kl_coef:g}, reward {recipe.reward_model or 'a function'}"
+    method = recipe.method
+    if method == "ppo":
+        method += f", KL coefficient {recipe.kl_coef:g}, reward {recipe.reward_model or 'a function'}"
+    elif method not in ("sft", "reward"):
+        method += f", beta {recipe.beta:g}, {recipe.logps} of log-probs over tokens"
     reference = "none" if recipe.method in WITHOUT_REFERENCE else "fixed at the start"
     if recipe.reference == "soft":
         reference = f"soft: {recipe.alpha:g} policy + {1 - recipe.alpha:.6g} reference"
@@ -40,7 +41,7 @@ def in_words(recipe: Recipe, steps: int, epochs: float, updates: int) -> dict[st
     return {
         "model": recipe.model,
         "data": recipe.data,
-        "method": recipe.method if recipe.method in ("sft", "reward") else method,
+        "method": method,
         "reference": reference,
         "tuning": f"{tuning}, learning rate {recipe.learning_rate:g}, {recipe.lr_scheduler}",
         "steps": f"{steps} of {recipe.batch_size} {unit_of(recipe.method)}, {epochs:.3g} epochs",
@@ -63,15 +64,13 @@ class Plan:
         recipe, steps = self.recipe, self.steps
         if recipe.reference == "fixed" or self.updates > 1:
             return []
-        if self.updates == 1 and recipe.tau < steps:
-            what = f"the reference moves only once, at step {recipe.tau}"
-        else:
-            when = "moves only after the last step" if self.updates else "never moves"
-            what = f"the reference {when}, this is plain {recipe.method.upper()}"
-        advice = "train longer"
-        if steps > 1:
-            advice = f"choose tau <= {max(1, steps // 3)} for {min(3, steps)} updates"
-        return [f"tau={recipe.tau} but the run has {steps} step{'s' * (steps > 1)}: {what}; {advice}"]
+        what = "never moves" if self.updates == 0 else "moves only after the last step"
+        what += f", this is plain {recipe.method.upper()}"
+        if self.updates and recipe.tau < steps:
+            what = f"moves only once, at step {recipe.tau}"
+        advice = f"choose tau <= {max(1, steps // 3)} for {min(3, steps)} updates"
+        return [f"tau={recipe.tau} but the run has {steps} steps: the reference {what}; "
+                f"{advice if steps > 1 else 'train longer'}"]
 
     def __str__(self) -> str:
         recipe = self.recipe

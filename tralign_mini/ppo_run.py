@@ -41,11 +41,11 @@ from .recipe import Recipe
 from .runs import (
     Run,
     begin,
+    check_lengths,
     load_reference,
-    load_rows,
     open_directory,
-    refuse_too_long,
     rewind,
+    split_rows,
     with_absolute_paths,
 )
 from .tokens import prompt_ids
@@ -74,7 +74,7 @@ def train_ppo(recipe, *, reward=None, prompts=None, stop=None, **overrides) -> R
     resumed = open_directory(directory, recipe)
 
     tokenizer = load_tokenizer(recipe.model)
-    dataset, held_out, source = load_rows(recipe)
+    dataset, _, held_out, source = split_rows(recipe)
     given = dataset["prompt"] if prompts is None else prompts
     prompts, report = _training_prompts(list(given), held_out, tokenizer)
     plan = recipe.plan(len(prompts))
@@ -82,7 +82,7 @@ def train_ppo(recipe, *, reward=None, prompts=None, stop=None, **overrides) -> R
     prompts = [prompts[i] for i in order]
     policy = load_policy(recipe)
     tokens = [{"prompt_ids": prompt_ids(tokenizer, prompt, recipe.max_prompt_tokens)} for prompt in prompts]
-    refuse_too_long(policy, recipe, tokenizer, tokens, held_out)
+    check_lengths(policy, recipe, tokenizer, tokens, held_out)
     run = PPORun(recipe, policy, tokenizer, prompts, reward, directory, plan.steps)
     print(f"{plan}\nreward    {run.about}\nevaluation {len(held_out)} prompts, {source}", flush=True)
     if not resumed:
@@ -94,7 +94,7 @@ def train_ppo(recipe, *, reward=None, prompts=None, stop=None, **overrides) -> R
         print(f"resuming after step {run.step}", flush=True)
     run.train(Evaluator(recipe, tokenizer, held_out), stop)
 
-    result = Run(directory, policy.eval(), tokenizer, run.reference)
+    result = Run(directory, policy=policy.eval(), tokenizer=tokenizer, reference=run.reference)
     if run.step == plan.steps:
         write_samples(policy, recipe, tokenizer, held_out, directory / "samples.jsonl", seed=recipe.seed,
                       autocast=run.accelerator.autocast())
@@ -214,12 +214,7 @@ class PPORun:
 
     def restore(self, folder: Path) -> None:
         """Take back, to the bit, what `save` wrote. ValueError if the run began from something else."""
-        seal = read_seal(folder)
-        for name, own in self.start.items():
-            if seal["start"][name] != own:
-                what = {"model": "weights", "data": "prompts", "value": "value function's weights"}[name]
-                raise ValueError(f"resume: what this run began from is not the same any more: its {what} "
-                                 "have another hash. Put the old state back, or start a new run elsewhere.")
+        seal = read_seal(folder, self.start)
         restore_policy(self.policy, folder)
         self.reference.load(folder / "reference")
         self.step, self.reference_updates = seal["step"], seal["reference_updates"]

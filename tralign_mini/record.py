@@ -44,12 +44,10 @@ class Record:
 
     @property
     def moves(self) -> bool:
-        """Whether the recipe has a moving reference."""
         return self.kind in ("soft", "hard")
 
     @property
     def method(self) -> str:
-        """The method's name, as TR-DPO."""
         return ("TR-" if self.moves else "") + self.recipe["method"].upper()
 
     @property
@@ -58,7 +56,6 @@ class Record:
 
     @property
     def updates(self) -> int:
-        """How often the reference has moved."""
         return int(self.last("reference_updates", 0))
 
     def last(self, column: str, default: float = np.nan) -> float:
@@ -99,8 +96,7 @@ class Record:
         if self.moves and self.updates < 2:
             times = "never moved" if self.updates == 0 else "moved only once"
             found.append(f"The reference {times} in {self.steps} steps (tau={self.recipe['tau']}): this is "
-                         f"nearly plain {self.recipe['method'].upper()} and says little or nothing about a "
-                         "moving reference.")
+                         f"nearly plain {self.recipe['method'].upper()} and says little about a moving one.")
         if not self.samples and self.recipe["method"] != "reward":  # which writes no texts
             found.append("There is no samples.jsonl: the run was stopped before its end, or never evaluated.")
         return found

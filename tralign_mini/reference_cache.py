@@ -2,9 +2,8 @@
 
 A reference that never moves gives the same numbers in every epoch, for every beta, learning rate and seed.
 They are kept under a key of everything that they depend on: the start's weights (adapter and 4-bit codes
-included), precision, mean or sum, and the token ids, which know tokenizer and truncation. How many rows were
-computed at once is not part of it: that changes rounding alone (seen: 1e-7 of a log-prob in float32, 1e-4 in
-bfloat16). A *moving* reference never comes here: its numbers are out of date after one update.
+included), precision, mean or sum, and the token ids. How many rows were computed at once changes rounding
+alone (1e-7 of a log-prob in float32, 1e-4 in bfloat16). A *moving* reference never comes here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A run without numbers: its tensors have a shape and a dtype, nothing else, and a ledger counts their bytes.
 
-The recipe's model is built from its config alone (torch's FakeTensorMode), and the engine itself takes an
-optimizer step with it. So what autograd keeps of a layer, what checkpointing drops and what autocast copies
-follow from the code that will run, whatever the architecture, and not from a formula beside it.
+The recipe's model is built from its config alone (torch's FakeTensorMode), and the engine itself takes a step
+with it: what autograd keeps, checkpointing drops and autocast copies follows from the code that will run.
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from . import logprobs
 from .adapters import INITIAL, switched
 from .attention import by_group
 from .batches import StepStream, collate_rows, group_of
-from .models import HEAD, compute_dtype, is_adapter, loading, model_path
+from .models import compute_dtype, config_of, fresh_adapter, loading, model_path, start_of
 from .plan import WITHOUT_REFERENCE
 from .recipe import Recipe
 from .reference import REFERENCE
@@ -70,7 +69,6 @@ class Ledger(TorchDispatchMode):
         self.add(entry)
 
     def add(self, entry: dict[str, float]) -> None:
-        """Count this from now on."""
         self.now.update(entry)
         if self.now.total() > self.peak.total():
             self.peak = self.now.copy()
@@ -124,9 +122,6 @@ class Rehearsal:
 
     def _micro_batch(self, batch: dict, scores: int) -> None:
         """AlignmentTrainer.compute_loss, and the backward pass after it."""
-        self.ledger.label = "activations"
-        with self.autocast():
-            loss = self._scores(self.policy, batch, scores).sum()
         self.ledger.label = "temporary"
         with self.autocast(), torch.no_grad():
             if self.reference is not None:
@@ -134,6 +129,10 @@ class Rehearsal:
             elif self.recipe.method not in WITHOUT_REFERENCE:
                 with switched(self.policy, REFERENCE):
                     self._scores(self.policy, batch, scores)
+        self.ledger.label = "activations"
+        with self.autocast():
+            loss = self._scores(self.policy, batch, scores).sum()
+        self.ledger.label = "temporary"
         loss.backward()
 
     def _scores(self, model: nn.Module, batch: dict, scores: int) -> torch.Tensor:
@@ -184,8 +183,7 @@ class Rehearsal:
             row = {"prompt_ids": [0] * recipe.max_prompt_tokens, "label": True}
             rows = [row | dict.fromkeys(answers, [0] * recipe.max_completion_tokens)] * self.micro
         else:
-            stream = StepStream(rows, recipe, recipe.plan(len(rows)).steps)
-            rows = [stream[i] for i in range(len(stream))]
+            rows = list(StepStream(rows, recipe, recipe.plan(len(rows)).steps))
         groups = [group_of(row) for row in rows]
         self.longest = max(len(prompt) + max(map(len, answers)) for prompt, answers in groups)
         try:
@@ -252,22 +250,11 @@ class Rehearsal:
 
 
 def _policy(recipe: Recipe) -> tuple[nn.Module, torch.dtype | None]:
-    """models.load_policy on the `meta` device, with the adapters that will stand beside the policy's; and the
-    dtype in which the model was saved."""
-    full, reward, lora, base = recipe.tuning == "full", recipe.method == "reward", None, recipe.model
+    """models.load_policy on the `meta` device, all adapters beside; and the dtype in which it was saved."""
+    full, reward, (base, lora) = recipe.tuning == "full", recipe.method == "reward", start_of(recipe)
     with loading(base):
-        if is_adapter(base):
-            lora = PeftConfig.from_pretrained(model_path(base))
-            lora.inference_mode, base = False, lora.base_model_name_or_path
-        config = AutoConfig.from_pretrained(model_path(base))
+        config = config_of(model_path(base), reward)
     saved_dtype = config.dtype
-    if lora and full:
-        raise ValueError(f"model={recipe.model!r} is a PEFT adapter, and tuning=full trains whole weights: "
-                         "use tuning=lora or tuning=qlora.")
-    text = config.get_text_config()
-    for name in [name for name, value in vars(text).items() if "drop" in name and isinstance(value, float)]:
-        setattr(text, name, 0.0)  # as models.load_base: masks of dropout would be kept
-    config.num_labels = 1
     auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     with torch.device("meta"):
         policy = model = auto.from_config(config, dtype=torch.float32 if full else compute_dtype(recipe))
@@ -280,16 +267,15 @@ def _policy(recipe: Recipe) -> tuple[nn.Module, torch.dtype | None]:
     return policy.train(), saved_dtype
 
 
-def _adapted(model: nn.Module, lora: PeftConfig | None, recipe: Recipe) -> nn.Module:
+def _adapted(model: nn.Module, lora: LoraConfig | None, recipe: Recipe) -> nn.Module:
     """The policy's adapter on the model, `lora` if there is one to go on from, and what stands beside it."""
     beside = {REFERENCE: recipe.reference_rank} if recipe.method not in WITHOUT_REFERENCE else {}
     if lora and recipe.method != "reward":
         derived = beside and recipe.reference_rank == 4 * recipe.lora_rank  # then its own rank decides
         beside |= {INITIAL: lora.r} | ({REFERENCE: 4 * lora.r} if derived else {})
-    fresh = {"r": recipe.lora_rank, "lora_dropout": recipe.lora_dropout, "target_modules": "all-linear"}
-    lora = lora or LoraConfig(**fresh)
-    reward = recipe.method == "reward"
-    lora.task_type, lora.modules_to_save = HEAD.values() if reward else ("CAUSAL_LM", None)
+    fresh = fresh_adapter(recipe)
+    lora = lora or fresh
+    lora.task_type, lora.modules_to_save = fresh.task_type, fresh.modules_to_save
     policy = get_peft_model(model, lora)
     for name, rank in beside.items():
         policy.add_adapter(name, LoraConfig(r=rank, target_modules=lora.target_modules, inference_mode=True))

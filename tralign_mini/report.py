@@ -58,8 +58,7 @@ def _result(record: Record, sides: dict[str, Side]) -> list[str]:
         than = f"{'higher' if gain.low > 0 else 'lower'} than the initial policy's"
         text.append(f"On these prompts the policy's mean gold reward is {than}.")
     else:
-        text.append("These prompts show no difference in gold reward between the policy and the initial "
-                    "policy.")
+        text.append("These prompts show no difference in gold reward to the initial policy.")
     gold = record.history.reindex(columns=["step", "gold/reward"]).dropna()
     if len(gold) > 1 and gold["gold/reward"].idxmax() != gold.index[-1]:
         (step, best), (end, last) = gold.loc[gold["gold/reward"].idxmax()], gold.iloc[-1]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .changes import read_changes, region_at, rewind_changes
+from .changes import FILE as CHANGES
+from .changes import read_changes, region_at
 from .checkpoint import checkpoints, remove_unfinished, restore_policy
 from .data import NAMES, load_dataset, prepare
 from .evaluate import Evaluator, write_samples
+from .generate import refuse_too_long
+from .json_lines import drop_after, read_rows
 from .models import is_adapter, load_policy, load_tokenizer, this_process
 from .recipe import WITHOUT_REFERENCE, Recipe
 from .reference import make_reference
@@ -29,13 +33,13 @@ NOT_OF_THE_RUN = ("resume", "output", "save_steps", "tensorboard")  # may differ
 class Run:
     """A run's directory, opened: `history`, `recipe`, `policy`, `report()`. ValueError if it is not one."""
 
-    def __init__(self, directory: str | Path, policy=None, tokenizer=None, reference=None):
+    def __init__(self, directory: str | Path, **in_memory):
         self.directory = Path(directory)
         if not (self.directory / "recipe.yaml").is_file():
             raise ValueError(f"{self.directory} is not a run's directory: there is no recipe.yaml in it. "
-                             "Give the `output` folder of a run, for example runs/little-tldr-dpo-soft-0.")
+                             "Give the `output` folder of a run.")
         self.recipe = Recipe.load(self.directory)
-        self._policy, self._tokenizer, self._reference = policy, tokenizer, reference
+        vars(self).update(in_memory)  # policy, tokenizer, reference after `train`, instead of loading them
 
     def __repr__(self) -> str:
         return f"Run({str(self.directory)!r}, {len(self.history)} steps)"
@@ -43,54 +47,40 @@ class Run:
     @property
     def history(self) -> pd.DataFrame:
         """metrics.jsonl as a table: a row for each optimizer step, NaN where a column was not measured."""
-        path = self.directory / "metrics.jsonl"
-        return pd.DataFrame([json.loads(line) for line in _whole_lines(path)])
+        return pd.DataFrame(read_rows(self.directory / "metrics.jsonl"))
 
-    @property
+    @cached_property
     def tokenizer(self):
-        """The tokenizer that the run trained with."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.recipe.model, separate_pad=self.recipe.method == "reward")
-        return self._tokenizer
+        return load_tokenizer(self.recipe.model, separate_pad=self.recipe.method == "reward")
 
-    @property
+    @cached_property
     def policy(self):
         """The trained policy, in eval mode: in memory after `train`, else loaded from the last checkpoint."""
-        if self._policy is None:
-            checkpoint = self.last_checkpoint
-            policy = load_policy(self.recipe)
-            restore_policy(policy, checkpoint)
-            self._policy = policy.eval()
-        return self._policy
+        checkpoint, policy = self.last_checkpoint, load_policy(self.recipe)
+        restore_policy(policy, checkpoint)
+        return policy.eval()
 
-    @property
+    @cached_property
     def reference(self):
         """The reference as it stood at the last checkpoint (`reference.using()` gives a model), or None."""
-        if self._reference is None:
-            reference = load_reference(self.policy, self.recipe)
-            if reference is not None:
-                reference.load(self.last_checkpoint / "reference")
-            self._reference = reference
-        return self._reference
+        reference = load_reference(self.policy, self.recipe)
+        if reference is not None:
+            reference.load(self.last_checkpoint / "reference")
+        return reference
 
     @property
     def last_checkpoint(self) -> Path:
-        """The newest whole checkpoint."""
         found = checkpoints(self.directory)
         if not found:
-            raise ValueError(f"{self.directory} has no whole checkpoint yet: train it, or go on "
-                             "(resume=true).")
+            raise ValueError(f"{self.directory} has no whole checkpoint yet: go on with resume=true.")
         return found[-1]
 
     def held_out_prompts(self, count: int | None = None) -> list:
-        """The first `count` evaluation prompts (default: the recipe's `eval_prompts`), if there are so many.
-
-        None of them is in the rows that the run trained on.
-        """
-        train, prompts, _ = load_rows(self.recipe)
+        """The first `count` evaluation prompts (default: the recipe's), none of which the run trained on."""
+        train, _, prompts, _ = split_rows(self.recipe)
         if count is not None:
             trained = {json.dumps(prompt) for prompt in train["prompt"]}
-            prompts = load_rows(self.recipe.replace(eval_prompts=count))[1]
+            prompts = split_rows(self.recipe.replace(eval_prompts=count))[2]
             prompts = [prompt for prompt in prompts if json.dumps(prompt) not in trained]
         return prompts
 
@@ -110,18 +100,11 @@ def load_reference(policy, recipe: Recipe):
     return make_reference(policy, rank=None if recipe.tuning == "full" or derived else recipe.reference_rank)
 
 
-def load_rows(recipe: Recipe):
-    """(training data set, held-out prompts, where the prompts come from); no prompt is in both."""
-    train, _, prompts, source = split_rows(recipe)
-    return train, prompts, source
-
-
 def split_rows(recipe: Recipe):
     """(training data set, held-out data set, its prompts, where these come from); no prompt is in both.
 
-    The prompts are the first different ones of the test split, of `eval_data` if the recipe names one. Data
-    without one lose a tenth of their prompts, at most `eval_prompts`, chosen by the seed, with all rows that
-    begin with them.
+    The prompts are the first different ones of the test split (of `eval_data`, if given); without one a tenth
+    of the training prompts, at most `eval_prompts`, chosen by the seed.
     """
     train = load_dataset(recipe.data, "train")
     try:
@@ -130,10 +113,8 @@ def split_rows(recipe: Recipe):
         if recipe.eval_data or not re.search("has no split|Unknown split", str(error)):
             raise
         test, source = None, "prompts taken out of the training data, which have no test split"
-    rest, known = train if test is None else test, {}
-    for prompt in rest["prompt"]:
-        if prompt:
-            known.setdefault(json.dumps(prompt), prompt)
+    rest = train if test is None else test
+    known = {json.dumps(prompt): prompt for prompt in rest["prompt"] if prompt}
     keys = list(known)
     if test is None:
         tenth = np.random.default_rng(recipe.seed).permutation(len(keys))[: max(1, len(keys) // 10)]
@@ -152,10 +133,9 @@ def train(recipe, *, stop=None, control=None, **overrides) -> Run:
     """A whole run: load, train, measure, report. Returns the `Run`.
 
     recipe: name of a shipped recipe, path of a YAML file or of a run, dict or `Recipe`; overrides: any of
-    its settings. stop: a `threading.Event`; once set, the run stops after the current step, with a
-    checkpoint, ready for `resume=True`. control: steers alpha and tau while the run trains, see
-    `AlignmentTrainer`; `replay` runs the same again. Everything of the run is in `run.directory`. Errors in
-    the recipe, data or model are ValueErrors.
+    its settings. stop: a `threading.Event` that ends the run after the current step, with a checkpoint, ready
+    for `resume=True`. control: steers alpha and tau, see `AlignmentTrainer`; `replay` runs the same again.
+    Errors in the recipe, data or model are ValueErrors.
     """
     if overrides.get("resume") and not isinstance(recipe, (Recipe, dict)) and Path(recipe).is_dir():
         overrides = {"output": str(recipe)} | overrides  # a run's directory may have been moved since
@@ -182,20 +162,19 @@ def train(recipe, *, stop=None, control=None, **overrides) -> Run:
         print(f"{plan}\nevaluation {len(prompts)} prompts, {source}\n\n{data_report}", flush=True)
     rows = [rows[i] for i in np.random.default_rng(recipe.seed).permutation(len(rows))[: plan.rows]]
     policy = load_policy(recipe)
-    refuse_too_long(policy, recipe, tokenizer, rows, prompts)
+    check_lengths(policy, recipe, tokenizer, rows, prompts)
     reference = load_reference(policy, recipe)
     evaluator = HeldOutPairs(recipe, tokenizer, held_out) if reward else Evaluator(recipe, tokenizer, prompts)
     trainer = AlignmentTrainer(policy, reference, rows, recipe, tokenizer, directory, evaluate=evaluator,
                                stop=stop, cache=cache_directory(), control=control)
+    checkpoint = rewind(directory) if resumed else None
     if main and not resumed:
         begin(directory, recipe, data_report.to_dict())
-    checkpoint = rewind(directory) if resumed else None
-    if main and resumed:
-        where = f"after step {checkpoint.name.split('-')[1]}" if checkpoint else "from the beginning"
-        print(f"resuming {where}")
+    elif main:
+        print(f"resuming from {checkpoint.name if checkpoint else 'the beginning'}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    run = Run(directory, policy.eval(), tokenizer, reference) if main else None
+    run = Run(directory, policy=policy.eval(), tokenizer=tokenizer, reference=reference) if main else None
     if main and trainer.state.global_step == plan.steps:
         if not reward:  # which writes no texts
             write_samples(policy, recipe, tokenizer, prompts, directory / "samples.jsonl", seed=recipe.seed,
@@ -207,12 +186,8 @@ def train(recipe, *, stop=None, control=None, **overrides) -> Run:
 def replay(directory: str | Path, output: str | Path) -> Run:
     """The run of `directory` again, in `output`, with every change of alpha and tau at its step."""
     changes, recipe = read_changes(directory), Recipe.load(str(directory))
-    start = recipe.trust_region()
-
-    def control(step):
-        return region_at(changes, step, start)
-
-    return train(recipe, output=str(output), resume=False, control=control)
+    return train(recipe, output=str(output), resume=False,
+                 control=lambda step: region_at(changes, step, recipe.trust_region()))
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -231,15 +206,11 @@ def begin(directory: Path, recipe: Recipe, data_report: dict) -> None:
     os.replace(directory / "recipe.yaml.tmp", directory / "recipe.yaml")
 
 
-def refuse_too_long(policy, recipe: Recipe, tokenizer, rows: list[dict], prompts: list) -> None:
-    """Beyond its positions a model fails or answers nonsense: say so before training."""
-    positions = getattr(policy.config, "max_position_embeddings", None)
+def check_lengths(policy, recipe: Recipe, tokenizer, rows: list[dict], prompts: list) -> None:
+    """Say before training, and not at the first evaluation, that a prompt is too long."""
     asked = [len(prompt_ids(tokenizer, prompt, recipe.max_prompt_tokens)) for prompt in prompts]
     longest = max(asked + [len(row["prompt_ids"]) for row in rows])
-    if positions and longest + recipe.max_completion_tokens > positions:
-        raise ValueError(f"the longest prompt has {longest} tokens, and with max_completion_tokens="
-                         f"{recipe.max_completion_tokens} that is more than the {positions} positions of "
-                         f"model={recipe.model}. Lower max_prompt_tokens or max_completion_tokens.")
+    refuse_too_long(policy.config, longest, recipe.max_completion_tokens)
 
 
 def open_directory(directory: Path, recipe: Recipe) -> bool:
@@ -258,28 +229,19 @@ def open_directory(directory: Path, recipe: Recipe) -> bool:
 def refuse_another_recipe(directory: Path, recipe: Recipe) -> None:
     """ValueError if the run in `directory` was begun with other settings: a resumed run is the same run."""
     stored, wanted = Recipe.load(directory).model_dump(), recipe.model_dump()
-    different = [key for key in stored if stored[key] != wanted[key] and key not in NOT_OF_THE_RUN]
+    different = ", ".join(f"{key}: {stored[key]} then, {wanted[key]} now" for key in stored
+                          if stored[key] != wanted[key] and key not in NOT_OF_THE_RUN)
     if different:
-        changes = ", ".join(f"{key}: {stored[key]} then, {wanted[key]} now" for key in different)
-        raise ValueError(f"output={directory} holds a run with other settings ({changes}). A resumed run is "
-                         "the same run: give the old settings, or another output for a new run.")
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """Lines with their newlines; a last one without was cut off by a kill and does not count."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n")]
+        raise ValueError(f"output={directory} holds a run with other settings ({different}). A resumed run "
+                         "is the same run: give the old settings, or another output for a new run.")
 
 
 def rewind(directory: Path) -> Path | None:
     """The last whole checkpoint; rows of metrics.jsonl and cut-off checkpoints after it are dropped."""
     found = checkpoints(directory)
     step = int(found[-1].name.split("-")[1]) if found else 0
-    path = directory / "metrics.jsonl"
     if this_process().is_main_process:
         remove_unfinished(directory)
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text("".join(line for line in _whole_lines(path) if json.loads(line)["step"] <= step))
-        os.replace(scratch, path)
-        rewind_changes(directory, step)
+        drop_after(directory / "metrics.jsonl", step)
+        drop_after(directory / CHANGES, step)
     return found[-1] if found else None

@@ -32,10 +32,9 @@ class Tokens(NamedTuple):
 
 
 def prompt_ids(tokenizer, prompt, max_prompt_tokens: int | None = None) -> list[int]:
-    """Token ids of a prompt (a text, or chat messages), the same in training and in sampling.
+    """Token ids of a prompt, the same in training and in sampling, cut on the left to `max_prompt_tokens`.
 
-    A text gets BOS if the tokenizer adds one to texts; messages go through the chat template up to where the
-    answer begins. What exceeds `max_prompt_tokens` is cut on the left; BOS stays.
+    A text gets BOS if the tokenizer adds one; messages go through the chat template up to the answer's begin.
     """
     if isinstance(prompt, str):
         ids = _ids(tokenizer, prompt)
@@ -50,9 +49,8 @@ def prompt_ids(tokenizer, prompt, max_prompt_tokens: int | None = None) -> list[
 def tokenize(tokenizer, prompt, completion, *, max_prompt_tokens: int, max_completion_tokens: int) -> Tokens:
     """Token ids of prompt and completion (texts, or chat messages), cut to the two limits.
 
-    A prompt loses tokens on the left (BOS stays), a completion on the right. EOS counts as one of
-    `max_completion_tokens`; what follows EOS in a completion, such as a template's newline, is cut. Raises
-    ValueError where the tokenizer has no EOS or its chat template does not fit.
+    A prompt loses tokens on the left (BOS stays), a completion on the right and what follows an EOS, such as
+    a template's newline; EOS counts. ValueError for a tokenizer without EOS or a template that does not fit.
     """
     if min(max_prompt_tokens, max_completion_tokens) < 1:
         raise ValueError("max_prompt_tokens and max_completion_tokens must be at least 1; "
@@ -125,11 +123,8 @@ def _rendered_answer(tokenizer, prompt: list[dict], completion: list[dict]) -> s
 
 @dataclass
 class DataReport:
-    """What became of a data set: rows in and out, dropped by reason, truncated, mean lengths in tokens.
-
-    `rows_in` counts the data set's rows, `rows_out` what is trained on (kto makes two rows of a pair).
-    Truncated prompts are counted once a row, truncated completions each, both in kept rows only.
-    """
+    """What became of a data set: rows in and out (kto makes two of a pair), dropped by reason, and of those
+    that are kept the truncated ones and mean lengths in tokens."""
 
     method: str
     max_prompt_tokens: int
@@ -142,7 +137,6 @@ class DataReport:
     mean_tokens: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
-        """The same as plain JSON types."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -199,7 +193,6 @@ def prepare(dataset: datasets.Dataset, tokenizer, *, method: str, max_prompt_tok
 
 
 def _columns_of(dataset: datasets.Dataset, method: str) -> list[str]:
-    """The columns that `method` reads."""
     if method not in METHODS:
         raise ValueError(f"Unknown method {method!r}; expected one of {', '.join(METHODS)}.")
     forms = [PARTS] if method in PAIRED_METHODS else [PARTS, ("prompt", "completion", "label")]

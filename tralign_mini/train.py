@@ -1,9 +1,7 @@
 """Training with a moving reference policy: a `transformers.Trainer` whose reference follows the policy.
 
-TR-DPO, TR-IPO and TR-KTO (arXiv 2404.09656) are DPO, IPO and KTO with one more line: after an optimizer step
-that is due, reference <- alpha * policy + (1 - alpha) * reference. `TrustRegionCallback` is that line; the
-rest of this file makes an optimizer step mean the same thing however it is cut into micro-batches and
-spread over processes.
+TR-DPO, TR-IPO and TR-KTO (arXiv 2404.09656) are DPO, IPO and KTO with one more line, `TrustRegionCallback`.
+The rest makes an optimizer step mean the same however it is cut into micro-batches and spread over processes.
 """
 
 from __future__ import annotations
@@ -17,11 +15,13 @@ from pathlib import Path
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from .adapters import eval_mode
 from .attention import by_group
 from .batches import StepStream, collate_rows, group_of
 from .callbacks import Progress, StopCallback, TensorBoard, TrustRegionCallback
 from .changes import read_changes, region_at
 from .checkpoint import read_seal, restore_policy, save_policy, start_hash, weight_hash, write_seal
+from .json_lines import append_row
 from .logprobs import CompletionScorer, completion_logps
 from .models import compute_dtype, keep_freed_memory, this_process
 from .objective import StepSums, micro_batch_loss
@@ -35,13 +35,11 @@ class AlignmentTrainer(Trainer):
     """Preference training of `policy` against `reference`.
 
     policy: causal language model or `PeftModel`, for `method=reward` a sequence classifier; reference:
-    `FrozenReference`, `AdapterReference`, or None for the methods without one. rows: from `data.prepare`.
-    evaluate: called as `evaluate(trainer, step)` every `eval_steps` on the main process, returns numbers for
-    the step's row. One row a step goes to `directory/metrics.jsonl`. cache: a folder in which log-probs of a
-    reference that never moves are kept between runs; without it they are computed in every step. Where
-    completions can share their prompt, they do. control: called before every optimizer step as
-    `control(step)`, counted from 1, returns the `TrustRegion` that holds from this step on; what it changes
-    is kept in `directory/changes.jsonl`. It may block: a pause.
+    `FrozenReference`, `AdapterReference`, or None. rows: from `data.prepare`. evaluate: called as
+    `evaluate(trainer, step)` every `eval_steps` on the main process, returns numbers for the step's row in
+    `directory/metrics.jsonl`. cache: a folder in which log-probs of a reference that never moves are kept
+    between runs. control: called before every optimizer step as `control(step)`, counted from 1, returns the
+    `TrustRegion` that holds from then on, kept in `directory/changes.jsonl`. It may block: a pause.
     """
 
     # The loss is divided by the whole step's batch_size; Trainer must not divide by the accumulation again.
@@ -63,12 +61,10 @@ class AlignmentTrainer(Trainer):
             train_dataset=self.stream, data_collator=self._collate, processing_class=tokenizer,
             callbacks=[TrustRegionCallback(self, control)] + ([StopCallback(stop)] if stop else []))
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("FSDP and DeepSpeed are not supported yet: a sharded reference would have to be "
-                             "moved shard by shard. Use one process, or several with DistributedDataParallel "
-                             "(torchrun), or tuning=qlora for memory.")
+            raise ValueError("FSDP and DeepSpeed are not supported: a sharded reference would have to move "
+                             "shard by shard. Use torchrun (DistributedDataParallel), or tuning=qlora.")
         if control is not None and self.args.world_size > 1:
-            raise ValueError("A run that is steered while it trains needs one process: each would ask for "
-                             "itself.")
+            raise ValueError("A run that is steered needs one process: each would ask for itself.")
         self.sums = StepSums()
         self._last_row, self._clock = 0, time.perf_counter()
         self.progress = Progress()
@@ -78,8 +74,7 @@ class AlignmentTrainer(Trainer):
         self.row_limit = self._row_limit()
         if self.args.device.type == "cpu":  # not before: what the check frees would be kept, too
             keep_freed_memory()
-        # fixed, or tau beyond the last step
-        never_moves = self.trust_region.updates(self.args.max_steps) == 0
+        never_moves = self.trust_region.updates(self.args.max_steps) == 0  # fixed, or tau beyond the end
         steered = control is not None or read_changes(self.directory)
         if cache is not None and reference is not None and never_moves and not steered:
             self.stream.reference_logps = self._cached_reference(cache)
@@ -100,7 +95,7 @@ class AlignmentTrainer(Trainer):
         """How long a packed row may be; 0, and a line that says why, if completions cannot share a prompt."""
         if self.recipe.method == "sft":
             return 0
-        groups = [group_of(row) for row in map(self.stream.__getitem__, range(len(self.stream)))]
+        groups = [group_of(row) for row in self.stream]
         limit, scores = 0, REWARDS if self.recipe.method == "reward" else LOGPS
         try:
             with self.accelerator.autocast():
@@ -114,11 +109,12 @@ class AlignmentTrainer(Trainer):
         """What a reference that never moves says of each row (kto: of each place in the stream)."""
         stream = self.stream
         if self.recipe.method == "kto":  # each step has mismatched completions of its own
-            rows = dict(enumerate(map(stream.__getitem__, range(len(stream)))))
+            rows = dict(enumerate(stream))
         else:
-            visited = set(stream.order.tolist())  # all, if only an epoch's incomplete last step is missing
-            visited = range(len(stream.rows)) if len(visited) >= 0.9 * len(stream.rows) else sorted(visited)
-            rows = {i: stream.rows[i] for i in visited}
+            visited = set(stream.order.tolist())
+            if len(visited) >= 0.9 * len(stream.rows):  # only an epoch's incomplete last step is missing
+                visited = range(len(stream.rows))
+            rows = {i: stream.rows[i] for i in sorted(visited)}
         config = json.loads(self.policy.config.to_json_string(use_diff=False))  # RoPE, heads, 4-bit type ...
         config.pop("_name_or_path", None)
         conditions = {"start": self.start["model"], "config": config, "average": self.average,
@@ -143,7 +139,7 @@ class AlignmentTrainer(Trainer):
         if self.recipe.method == "kto" and not self.one_pass:
             self._add_reference_point(batches)
         elif self.recipe.method == "sft":
-            tokens = torch.stack([batch["sequences"]["completion_mask"].sum() for batch in batches]).sum()
+            tokens = sum(batch["sequences"]["completion_mask"].sum() for batch in batches)
             tokens = self.accelerator.reduce(tokens, "sum")
             for batch in batches:
                 batch["step_tokens"] = tokens
@@ -152,9 +148,8 @@ class AlignmentTrainer(Trainer):
     def _add_reference_point(self, batches: list[dict]) -> None:
         """KTO's z0 for a step of several micro-batches: it is known only after a pass over all of them.
 
-        Before it the policy's pass with gradient cannot begin, so of the policy matched and mismatched
-        completions are two passes. Of the reference they are one, in which they share their prompt: a step
-        takes 1.2 times less with 350 + 40 tokens.
+        So the policy has two passes, with gradient and before that without. The reference has one, in which
+        matched and mismatched completions share their prompt (350 + 40 tokens: a step is 1.2 times faster).
         """
         ratios = []
         for batch in batches:
@@ -168,10 +163,7 @@ class AlignmentTrainer(Trainer):
             batch["kl"] = kl
 
     def _reference_point(self, ratios: torch.Tensor) -> torch.Tensor:
-        """KTO's z0: the mean log-ratio on mismatched completions over the whole step, clamped at 0, detached.
-
-        Gathered over processes before the clamp (arXiv 2402.01306).
-        """
+        """KTO's z0 (arXiv 2402.01306): the step's mean log-ratio on mismatched completions, at least 0."""
         total = torch.stack([ratios.detach().sum(), torch.tensor(float(len(ratios)), device=ratios.device)])
         total = self.accelerator.reduce(total, "sum")
         kl = (total[0] / total[1]).clamp(min=0)
@@ -180,13 +172,8 @@ class AlignmentTrainer(Trainer):
 
     @torch.no_grad()
     def _without_gradient(self, model, sequences) -> torch.Tensor:
-        training = model.training
-        model.eval()
-        try:
-            with self.accelerator.autocast():
-                return completion_logps(model, sequences, average=self.average)
-        finally:
-            model.train(training)
+        with eval_mode(model), self.accelerator.autocast():
+            return completion_logps(model, sequences, average=self.average)
 
     def _reference_logps(self, batch: dict) -> torch.Tensor:
         """Of all completions of a micro-batch; of KTO the matched ones, then the mismatched ones."""
@@ -196,14 +183,11 @@ class AlignmentTrainer(Trainer):
                               for name in parts if name in batch])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of one micro-batch: its sum over pairs, divided by the pairs of the whole step.
-
-        `logps` are rewards when a reward model is trained.
-        """
-        logps = model(**inputs["sequences"])  # the wrapped module's forward: what DDP hooks on to
+        """The loss of a micro-batch, a reward model's too: its sum over pairs, over the pairs of the step."""
         reference_logps = inputs.get("reference_logps")
         if reference_logps is None and self.reference is not None:
-            reference_logps = self._reference_logps(inputs)
+            reference_logps = self._reference_logps(inputs)  # its pass first: the policy's activations stay
+        logps = model(**inputs["sequences"])  # the wrapped module's forward: what DDP hooks on to
         if self.recipe.method == "kto" and self.one_pass:
             (logps, mismatched), (reference_logps, others) = logps.chunk(2), reference_logps.chunk(2)
             inputs = inputs | {"kl": self._reference_point(mismatched - others)}
@@ -230,25 +214,19 @@ class AlignmentTrainer(Trainer):
         if not math.isfinite(row["loss"]) or not math.isfinite(grad_norm):
             raise FloatingPointError(
                 f"the loss of step {step} is {row['loss']}, its gradient norm {grad_norm}: training stops, "
-                "before it is saved, and the last checkpoint is kept. Try a smaller learning_rate or "
-                "max_grad_norm, or dtype=float32.")
+                "the last checkpoint is kept. Try a smaller learning_rate, max_grad_norm or dtype=float32.")
         if self.reference is not None:
-            fixed = self.trust_region.kind == "fixed"
-            row["alpha"] = None if fixed else self.trust_region.alpha
-            row["tau"] = None if fixed else self.trust_region.tau
-            row["reference_updates"] = self.reference_updates
-            row |= self.update_numbers
+            row |= {"alpha": self.trust_region.alpha, "tau": self.trust_region.tau,
+                    "reference_updates": self.reference_updates, **self.update_numbers}
             self.update_numbers = {}
-        row["learning_rate"] = learning_rate
-        row["grad_norm"] = grad_norm
+        row |= {"learning_rate": learning_rate, "grad_norm": grad_norm}
         main = self.is_world_process_zero()
         if main and self.evaluator and (step % self.recipe.eval_steps == 0 or step == self.state.max_steps):
             row |= self.evaluator(self, step)
         row["seconds"] = round(time.perf_counter() - self._clock, 3)
         self._clock = time.perf_counter()
         if main:
-            with open(self.directory / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(self.directory / "metrics.jsonl", row)
         self.progress.show(row)
         if main and self.tensorboard:
             self.tensorboard.write(row)
@@ -265,8 +243,8 @@ class AlignmentTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         folder = self.directory / "checkpoints" / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and folder.exists():
-            shutil.rmtree(folder)  # cut off by an earlier kill
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # cut off by an earlier kill
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
@@ -279,13 +257,7 @@ class AlignmentTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder = Path(resume_from_checkpoint)
-        seal = read_seal(folder)
-        for name, own in self.start.items():
-            if seal["start"][name] != own:
-                value, what = getattr(self.recipe, name), {"model": "weights", "data": "tokenized rows"}[name]
-                raise ValueError(f"resume: what this run began from ({name}={value}) is not the same any "
-                                 f"more: its {what} have another hash. Put the old state back, or start a "
-                                 "new run elsewhere.")
+        seal = read_seal(folder, self.start)
         restore_policy(self.policy, folder)
         if self.reference is not None:
             self.reference.load(folder / "reference")
@@ -295,13 +267,11 @@ class AlignmentTrainer(Trainer):
 
 
 def training_arguments(recipe: Recipe, directory: Path, steps: int) -> TrainingArguments:
-    """The recipe in Trainer's own words."""
     processes = this_process().num_processes
     micro = recipe.micro_batch_size or recipe.batch_size // processes
     if not micro or recipe.batch_size % (micro * processes):
-        raise ValueError(f"batch_size={recipe.batch_size} cannot be spread over {processes} process(es) with "
-                         f"micro_batch_size={micro}: it has to be a multiple of micro_batch_size * "
-                         "processes.")
+        raise ValueError(f"batch_size={recipe.batch_size} cannot be spread over {processes} process(es): it "
+                         f"is no multiple of micro_batch_size={micro} times processes.")
     arguments = TrainingArguments(
         output_dir=str(directory / "checkpoints"), max_steps=steps, seed=recipe.seed,
         learning_rate=recipe.learning_rate, warmup_steps=recipe.warmup_steps,

@@ -103,15 +103,11 @@ def update_reference(reference: nn.Module, policy: nn.Module, alpha: float) -> N
 def _matched(reference, policy):
     """[(name, reference's tensor, policy's tensor)], tied ones once; ValueError if they do not match."""
     targets, sources = _tensors(reference), _tensors(policy)
-    if targets.keys() != sources.keys():
-        raise ValueError(
-            f"only in the reference: {_first(targets.keys() - sources.keys())}; only in the policy: "
-            f"{_first(sources.keys() - targets.keys())}. Only modules with the same parameters and buffers "
-            "can be averaged. Is one of them wrapped (DDP adds 'module.' to each name) or of another kind?")
-    if different := [f"{name} {tuple(target.shape)} and {tuple(sources[name].shape)}"
-                     for name, target in targets.items() if target.shape != sources[name].shape]:
-        raise ValueError(f"the shapes in reference and policy differ: {_first(different)}. Load both from "
-                         "one model, with one vocabulary.")
+    here, there = ({name: tuple(tensor.shape) for name, tensor in one.items()} for one in (targets, sources))
+    if different := [f"{name} {here.get(name, 'missing')} and {there.get(name, 'missing')}"
+                     for name in here | there if here.get(name) != there.get(name)]:
+        raise ValueError(f"reference and policy differ in {len(different)} tensors: "
+                         f"{', '.join(different[:3])}. Load both from one model. Is one wrapped (DDP)?")
     for name, tensor in [*targets.items(), *sources.items()]:
         _check_averageable(name, tensor)
     policy_memory = {_place(source)[:2] for source in sources.values()}
@@ -157,9 +153,3 @@ def _check_alpha(alpha):
     if not isinstance(alpha, Real) or isinstance(alpha, bool) or not 0 < alpha <= 1:
         raise ValueError(f"alpha = {alpha!r}: the weight of the policy in the new reference is in (0, 1]; 1 "
                          "is a hard update. For a reference that never moves: TrustRegion.fixed().")
-
-
-def _first(names, limit=3):
-    names = sorted(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more or "nothing"
