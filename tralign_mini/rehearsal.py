@@ -39,7 +39,7 @@ SAMPLED_AT_ONCE = 64  # sequences: the default of generate.sample
 # Measured on CPU. Framework: threads, workspaces of kernels, Trainer; 57 to 63 MiB. Holes: freed memory is
 # kept (models.keep_freed_memory), and the next step's tensors have other sizes and do not fit into it as it
 # lies; of what a step takes and gives back 0.5 to 1.0 times as much (rows of benchmarks.memory_table)
-FRAMEWORK, HOLES, PASSING = 60 * 2**20, 0.75, ("activations", "logits", "temporary")
+FRAMEWORK, HOLES, PASSING = 60 * 2**20, 0.85, ("activations", "logits", "temporary")
 
 
 class Ledger(TorchDispatchMode):
