@@ -358,3 +358,12 @@ def test_help_names_every_command(monkeypatch, capsys):
     assert code == 0
     for command in ("demo", "train", "evaluate", "compare", "chat", "doctor"):
         assert command in out
+
+
+def test_a_narrow_terminal_cuts_nothing_off_a_table(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "console", Console(width=40))
+    cli._print_table(["run", "KL to initial", "win rate"], [["tr-dpo-soft", "4.16", "0.69 [0.63, 0.75]"]])
+    printed = capsys.readouterr().out
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= 40
+    words = "run KL to initial win rate tr-dpo-soft 4.16 0.69 [0.63, 0.75]".split()
+    assert all(word in printed for word in words)

@@ -272,7 +272,7 @@ def _print_result(result, frame, remarks: Iterable[str] = ()) -> None:
 def _print_table(header: Iterable[str], rows: Iterable) -> None:
     table = Table(*map(escape, header), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in table.columns:
-        column.no_wrap = True
+        column.overflow = "fold"  # in a narrow terminal cells take more lines, and nothing is cut off
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
