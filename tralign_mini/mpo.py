@@ -61,8 +61,7 @@ def split_gaps(gaps: Sequence[float], *, gamma: float | None = None,
     easy = sizes > gamma
     if easy.all() or not easy.any():
         raise ValueError(f"gamma={gamma:g} leaves no {'hard' if easy.all() else 'easy'} pair: the gaps are "
-                         f"{sizes.min():.3g} to {sizes.max():.3g}, half of them below "
-                         f"{np.median(sizes):.3g}.")
+                         f"{sizes.min():.3g} to {sizes.max():.3g}, half of them below {np.median(sizes):.3g}.")
     return Split(easy, float(gamma))
 
 
@@ -82,8 +81,7 @@ def _check_threshold(gamma, easy_fraction) -> None:
     if easy_fraction is None and not (isinstance(gamma, Real) and 0 <= gamma < math.inf):
         raise ValueError(f"gamma={gamma}: it is the size of a gap, a number >= 0.")
     if gamma is None and not (isinstance(easy_fraction, Real) and 0 < easy_fraction < 1):
-        raise ValueError(f"easy_fraction={easy_fraction} is no share of pairs: give a number between 0 and "
-                         "1.")
+        raise ValueError(f"easy_fraction={easy_fraction} is no share of pairs: it lies between 0 and 1.")
 
 
 def folds_of(prompts: Sequence, seed: int) -> np.ndarray:
