@@ -52,16 +52,16 @@ def split_gaps(gaps: Sequence[float], *, gamma: float | None = None,
                easy_fraction: float | None = None) -> Split:
     """Which pairs are easy: |gap| > gamma, with gamma given or so that `easy_fraction` of the pairs are.
 
-    gaps: r(chosen) - r(rejected), (pairs,). ValueError unless exactly one of the two is given, and for one
-    that leaves no easy or no hard pair.
+    gaps: r(chosen) - r(rejected), (pairs,). ValueError unless one of the two is given and leaves both kinds.
     """
     _check_threshold(gamma, easy_fraction)
     sizes = np.abs(np.asarray(gaps, dtype=float))
     gamma = np.quantile(sizes, 1 - easy_fraction) if gamma is None else gamma
     easy = sizes > gamma
     if easy.all() or not easy.any():
+        least, half, most = (f"{size:.3g}" for size in np.quantile(sizes, [0, 0.5, 1]))
         raise ValueError(f"gamma={gamma:g} leaves no {'hard' if easy.all() else 'easy'} pair: the gaps are "
-                         f"{sizes.min():.3g} to {sizes.max():.3g}, half of them below {np.median(sizes):.3g}.")
+                         f"{least} to {most}, half of them below {half}.")
     return Split(easy, float(gamma))
 
 
