@@ -233,7 +233,7 @@ def _will_it_fit(name: str, settings: list[str]) -> None:
          f"prompts of {recipe.max_prompt_tokens} and completions of {recipe.max_completion_tokens} tokens")
     if prediction.fits:
         console.print("[green]it fits[/]" if prediction.total < 0.85 * prediction.free else
-                      "[yellow]it fits, but barely[/]: a prediction is good to 15 %")
+                      "[yellow]it fits, but barely[/]: most predictions are good to 15 %")
         return
     console.print("[red]it does not fit[/]. With these settings it needs:")
     trial = prediction
