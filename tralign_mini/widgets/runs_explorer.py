@@ -94,21 +94,22 @@ class RunsExplorer(Panel):
     def groups(self) -> dict[str, pd.DataFrame]:
         """The selected runs, name -> those that differ in their seed alone."""
         runs, settings = self.selected(), [name for name in (*self.filters, *UNFILTERED) if name != "seed"]
+        said = {kind: [name for name in settings  # alpha and tau are said where their kind has several
+                       if (alike if name in ("alpha", "tau") else runs)[name].nunique(dropna=False) > 1]
+                for kind, alike in runs.groupby("kind")}
         groups = {}
         for _, rows in runs.groupby(settings, dropna=False, sort=False):
-            first = rows.iloc[0]
-            alike = runs[runs["kind"] == first["kind"]]  # alpha and tau are said where its kind has several
-            said = [name for name in settings
-                    if (alike if name in ("alpha", "tau") else runs)[name].nunique(dropna=False) > 1]
-            words = [f"{SIGNS.get(name, '')} {_text(first[name])}".strip() for name in said]
+            first = dict(zip(rows, rows.to_numpy()[0]))
+            words = [f"{SIGNS.get(name, '')} {_text(first[name])}".strip() for name in said[first["kind"]]]
             groups[" ".join([first["kind"], *words])] = rows
         return dict(sorted(groups.items(), key=lambda item: list(COLORS).index(item[1]["kind"].iloc[0])))
 
     def draw(self) -> None:
-        column, groups, handles, seen = self.shown.value, self.groups(), [], []
+        column, groups = self.shown.value, self.groups()
         left, right = self.axes
         style_axes(left, CURVES[column][0], STEP, CURVES[column][1])
-        runs = self.selected() if groups else self.runs
+        selected = self.selected()
+        runs = selected if groups else self.runs
         for ax, what in ((left, column), (right, "frontier")):
             x, y = (np.concatenate(side) for side in zip(*(self._curves[what][i] for i in runs.index)))
             gold = list(runs["initial_gold"].dropna()) if ax.get_ylabel() == "gold reward" else []
@@ -116,40 +117,54 @@ class RunsExplorer(Panel):
                 ax.set(xlim=(-0.02 * x.max(), 1.03 * x.max()), ylim=around([*y, *gold]))
             if gold:
                 ax.axhline(np.mean(gold), color=COLORS["initial"], lw=1.2, ls=DASHES[1])
+        looks, few = {}, len(groups) <= MOST_NAMED
         for name, rows in groups.items():
             kind = rows["kind"].iloc[0]
-            i = seen.count(kind)
-            seen.append(kind)
-            look = {"color": COLORS[kind], "ls": DASHES[i % 4], "marker": MARKERS[i // 4 % 4], "mec": "white"}
-            look["lw"] = 2.4 if len(groups) <= MOST_NAMED else 1.2
-            _draw_group(left, [self._curves[column][i] for i in rows.index], look | {"marker": ""})
-            paths = [self._curves["frontier"][i] for i in rows.index]
-            _draw_group(right, paths, look, law_through(paths))
-            handles.append(Line2D([], [], label=shortened(name), ms=6, **look))
-        if len(handles) > MOST_NAMED:
-            handles = [Line2D([], [], label=kind, lw=2.4, color=COLORS[kind]) for kind in dict.fromkeys(seen)]
+            i = [look["color"] for look in looks.values()].count(COLORS[kind])
+            looks[name] = {"color": COLORS[kind], "ls": DASHES[i % 4], "marker": MARKERS[i // 4 % 4],
+                           "lw": 2.4 if few else 1.2}
+        for ax, what in ((left, column), (right, "frontier")):
+            curves = [[self._curves[what][i] for i in rows.index] for rows in groups.values()]
+            _draw_groups(ax, list(looks.values()), curves, laws=ax is right)
+        if few:
+            handles = [Line2D([], [], label=shortened(name), ms=6, mec="white", **look)
+                       for name, look in looks.items()]
+        else:
+            handles = [Line2D([], [], label=kind, lw=2.4, color=COLORS[kind])
+                       for kind in dict.fromkeys(selected["kind"])]
         look = {"frameon": False, "fontsize": 10.5, "labelcolor": INK, "handlelength": 2.2}
         left.figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.79, 0.91), **look)
-        note = f"{len(self.selected())} of {len(self.runs)} runs; thin: a seed\nright, bold: d (a − b log d)"
+        note = f"{len(selected)} of {len(self.runs)} runs; thin: a seed\nright, bold: d (a − b log d)"
         left.figure.text(0.8, 0.05, note, fontsize=10.5, color=PALE)
 
 
-def _draw_group(ax, curves: list[tuple], look: dict, law: tuple | None = None) -> None:
-    """Bold: the law, or the mean over the runs; thin: each run, if several; large: where they end."""
-    curves = [curve for curve in curves if len(curve[0])]
-    if not curves:
-        return
-    if len(curves) > 1:
-        lines = [np.stack(curve, 1) for curve in curves]
-        thin = LineCollection(lines, lw=0.9, alpha=0.35, colors=look["color"])
-        ax.add_collection(thin, autolim=False)
-    length = min(len(x) for x, _ in curves)
-    x, y = np.mean([(x[:length], y[:length]) for x, y in curves], 0)
-    ax.plot(*(law or (x, y)), **look | {"marker": ""})
-    if look["marker"]:
-        dot = look | {"ls": "", "mew": 0.5, "ms": 4.5 if look["lw"] > 2 else 0}
-        ax.plot(x, y, **dot)
-        ax.plot(x[-1:], y[-1:], **dot | {"ms": 4 * look["lw"]})
+def _draw_groups(ax, looks: list[dict], groups: list[list], laws: bool) -> None:
+    """Thin: each run of several; bold: their mean or, with `laws`, the law and the mean's points, large where
+    they end. A few collections are drawn faster than many lines."""
+    thin, bold, points = [], [], {}
+    for look, curves in zip(looks, groups):
+        curves, color, width = [curve for curve in curves if len(curve[0])], look["color"], look["lw"]
+        if not curves:
+            continue
+        if len(curves) > 1:
+            thin += [(np.stack(curve, 1), color) for curve in curves]
+        length = min(len(x) for x, _ in curves)
+        mean = np.mean([(x[:length], y[:length]) for x, y in curves], 0)
+        line = (laws and law_through(curves)) or mean
+        bold.append((np.stack(line, 1), color, look["ls"], width))
+        if laws:
+            first = 0 if width > 2 else length - 1
+            areas = [20] * (length - 1 - first) + [16 * width**2]
+            points.setdefault(look["marker"], []).extend(zip(*mean[:, first:], areas, [color] * len(areas)))
+    if thin:
+        lines, colors = zip(*thin)
+        ax.add_collection(LineCollection(lines, colors=colors, lw=0.9, alpha=0.35), autolim=False)
+    if bold:
+        lines, colors, dashes, widths = map(list, zip(*bold))  # two dashes in a tuple would be read as one
+        bold = LineCollection(lines, colors=colors, linestyles=dashes, lw=widths, joinstyle="round", zorder=2)
+        ax.add_collection(bold, autolim=False)
+    for marker, those in points.items():
+        ax.scatter(*zip(*those), marker=marker, zorder=2.5, edgecolors="white", linewidths=0.5)
 
 
 def _text(value) -> str:
