@@ -32,7 +32,7 @@ def compare(work: Workload, mode: str, steps: int, repeats: int, threads: int) -
             if side.once and repeat:
                 continue
             job = Job(model=work.model, rows=work.rows, batch_size=work.pairs, steps=steps, warmup=WARMUP,
-                      **side.job)
+                      micro_batch_size=work.micro, **side.job)
             result = run_alone(job, threads)
             side.results.append(result)
             print(f"{work.name}, {mode}, {side.label}: {result.seconds:.2f} s a step, "
@@ -66,7 +66,7 @@ def report(shapes, modes, *, repeats: int, steps: int, threads: int, markdown: b
                 notes.append(f"{name} is left out: {error}.")
                 continue
             config = AutoConfig.from_pretrained(work.model)
-            tokens = sum(len(ids) for row in work.rows[: work.pairs] for ids in row.values())
+            tokens = sum(len(ids) for row in work.rows[: work.micro or work.pairs] for ids in row.values())
             rate = max(rate, matmul_rate(config, tokens, threads))
             timed = in_order_of_training(work.rows, WARMUP + steps, work.pairs)[WARMUP * work.pairs :]
             for mode in modes or (MODES if name == "tldr" else ["full"]):

@@ -29,7 +29,8 @@ def line(shape: str, mode: str, steps: int, threads: int) -> list[str]:
     """One line of the table, predicted and then measured."""
     with tempfile.TemporaryDirectory() as folder:
         work = workload(shape, steps, folder)
-        job = Job("ours", work.model, work.rows, work.pairs, steps, **MODES[mode])
+        job = Job("ours", work.model, work.rows, work.pairs, steps, micro_batch_size=work.micro,
+                  **MODES[mode])
         moments = predict(recipe_of(job, folder), work.rows).moments
         moments.popitem()  # the last one is the evaluation: a benchmark has none
         predicted = max(sum(parts.values()) for parts in moments.values())

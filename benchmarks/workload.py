@@ -20,15 +20,17 @@ EOS, PAD = 0, 1  # in Pythia's vocabulary and in the embedded world's
 
 @dataclass(frozen=True)
 class Shape:
-    """Mean lengths in tokens, and the pairs of an optimizer step, which is one micro-batch."""
+    """Mean lengths in tokens, and the pairs of an optimizer step and of each of its micro-batches."""
 
     prompt: int
     completion: int
     pairs: int
+    micro: int | None = None  # None: the step is one micro-batch
 
 
 SHAPES = {
     "tldr": Shape(350, 40, 4),
+    "tldr-16": Shape(350, 40, 16, micro=4),  # real steps have more pairs to share the optimizer's work
     "hh": Shape(125, 45, 4),
     "short": Shape(40, 20, 8),
     "ultrafeedback": Shape(300, 400, 2),
@@ -45,12 +47,13 @@ NAMES = (*SHAPES, "hh-file", WORLD)
 
 @dataclass(frozen=True)
 class Workload:
-    """Pairs, the model that trains on them (a folder), and how many make an optimizer step."""
+    """Pairs, the model that trains on them (a folder), how many make an optimizer step and a micro-batch."""
 
     name: str
     model: str
     rows: list[dict]
     pairs: int
+    micro: int | None = None
 
 
 def workload(name: str, steps: int, folder: Path, seed: int = 0) -> Workload:
@@ -67,7 +70,7 @@ def workload(name: str, steps: int, folder: Path, seed: int = 0) -> Workload:
         return Workload(name, str(model), file_rows(steps * pairs, seed), pairs)
     shape = SHAPES[name]
     rows = random_rows(shape, steps * shape.pairs, config.vocab_size, seed)
-    return Workload(name, str(model), rows, shape.pairs)
+    return Workload(name, str(model), rows, shape.pairs, shape.micro)
 
 
 def random_rows(shape: Shape, count: int, vocabulary: int, seed: int = 0) -> list[dict]:

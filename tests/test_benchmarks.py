@@ -215,6 +215,14 @@ def test_sides_take_turns_and_all_numbers_reach_the_table(monkeypatch):
     assert [row for row in rows if row[-3:] == ["160.0", "1.00%", "0.25%"]]  # an update, at tau 16 and 64
 
 
+def test_both_sides_cut_a_step_into_the_same_micro_batches(monkeypatch):
+    jobs = fake_measurements(monkeypatch, against_trl, "run_alone")
+    work = Workload("x", "model", [], pairs=16, micro=4)
+    against_trl.compare(work, "full", steps=2, repeats=1, threads=1)
+    assert [(job.side, job.batch_size, job.micro_batch_size) for job in jobs] == [
+        ("ours", 16, 4), ("trl", 16, 4), ("trl-default", 16, 4)]
+
+
 def test_the_cuda_script_goes_on_after_what_does_not_fit(monkeypatch):
     jobs = fake_measurements(monkeypatch, on_cuda, "measure")
     ours, notes, work = on_cuda.measure, [], Workload("1b", "model", random_rows(SHAPES["short"], 4, 300), 2)

@@ -295,7 +295,7 @@ class Alive(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])
 def test_no_more_than_a_chunk_of_logits_is_ever_alive(family, monkeypatch):
-    """In both passes: the logits and their log-softmax, later its gradient, for the chunk in hand alone."""
+    """In both passes: the logits, later in their place the log-softmax and its gradient, of one chunk."""
     groups = random_groups(24)
     model = build(family, hidden_size=24, num_attention_heads=2, intermediate_size=40)
     most = []
@@ -306,9 +306,9 @@ def test_no_more_than_a_chunk_of_logits_is_ever_alive(family, monkeypatch):
             weighted(completion_logps(model, packed(groups[:count], 30))).backward()
         most.append(alive.most)
     print(most)
-    copies = 2 if family == "Llama" else 4  # logits and log-softmax; the softcap keeps its own
+    copies = 1 if family == "Llama" else 3  # the softcap keeps its own
     assert most[0] == most[1] <= copies * 4
-    assert most[2] > 400  # and of 236 without chunks
+    assert most[2] >= 236  # without chunks
 
 
 @EITHER_WAY

@@ -146,11 +146,11 @@ def _log_softmax_at(logits, target):
 
 
 class _LogSoftmaxAt(torch.autograd.Function):
-    """`-F.cross_entropy(logits, target, reduction="none")` with one tensor of the logits' size, not three."""
+    """`-F.cross_entropy(logits, target, reduction="none")` in the memory of the logits, which are lost."""
 
     @staticmethod
     def forward(ctx, logits, target):
-        logps = logits.log_softmax(-1)
+        logps = torch.log_softmax(logits, -1, out=logits)
         ctx.save_for_backward(logps, target)
         return logps.gather(-1, target[:, None]).squeeze(-1)
 
@@ -159,7 +159,7 @@ class _LogSoftmaxAt(torch.autograd.Function):
     def backward(ctx, grad):
         logps, target = ctx.saved_tensors
         grad = grad[:, None]
-        logits_grad = logps.exp_().mul_(-grad)  # in place: autograd refuses a second pass backward
+        logits_grad = logps.exp_().mul_(-grad)  # in place, too: autograd refuses a second pass backward
         return logits_grad.scatter_add_(-1, target[:, None], grad), None
 
 

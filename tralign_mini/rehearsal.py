@@ -37,9 +37,10 @@ ADAM = 8  # bytes for each trained weight: two moments in float32
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, a byte for 64 codes, a float for 256 bytes (arXiv 2305.14314)
 SAMPLED_AT_ONCE = 64  # sequences: the default of generate.sample
 # Measured on CPU. Framework: threads, workspaces of kernels, Trainer; 57 to 63 MiB. Holes: freed memory is
-# kept (models.keep_freed_memory), and the next step's tensors have other sizes and do not fit into it as it
-# lies; of what a step takes and gives back 0.5 to 1.0 times as much (rows of benchmarks.memory_table)
-FRAMEWORK, HOLES, PASSING = 60 * 2**20, 0.85, ("activations", "logits", "temporary")
+# kept (models.keep_freed_memory), and what comes next often does not fit into it as it lies; so much of what
+# a step takes and gives back (rows of benchmarks.memory_table). In full, Adam's moments fill part of it
+FRAMEWORK, HOLES = 60 * 2**20, {"full": 0.55, "lora": 0.85, "qlora": 0.85}
+PASSING = ("activations", "logits", "temporary")
 
 
 class Ledger(TorchDispatchMode):
@@ -115,7 +116,8 @@ class Rehearsal:
                 self.policy.zero_grad()
             if self.on_cpu:
                 step = self.moments["training step"]
-                step["freed, still held"] = HOLES * sum(step.get(label, 0) for label in PASSING)
+                holes = HOLES[recipe.tuning] * sum(step.get(label, 0) for label in PASSING)
+                step["freed, still held"] = holes
             evaluation = "scoring held-out pairs" if self.reward else "sampling for evaluation"
             with self._moment(evaluation), torch.no_grad(), self.autocast():
                 self._score_pairs() if self.reward else self._sample()
