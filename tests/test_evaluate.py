@@ -110,3 +110,9 @@ def test_a_finished_run_is_sampled_again_and_reported(tmp_path, reports):
     assert [row["prompt"] for row in rows()][:2] == [row["prompt"] for row in first] == run.held_out_prompts()
     assert [row["policy"] for row in rows()][:2] != [row["policy"] for row in first]
     assert reports == [run.directory] * 3
+
+
+def test_a_reward_model_has_no_answers_to_evaluate(tmp_path, reports):
+    run = tr.train(tiny_run(tmp_path, method="reward", max_steps=1))
+    with pytest.raises(ValueError, match="is a reward model: it writes no answers"):
+        tr.evaluate(run)

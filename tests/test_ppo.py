@@ -288,6 +288,20 @@ def test_loss_that_is_not_finite_stops_before_the_weights_change():
     assert all(torch.equal(weight, before[name]) for name, weight in weights(ppo.policy).items())
 
 
+def test_weights_that_are_not_finite_stop_the_run_before_the_next_samples():
+    ppo = tiny_ppo(ppo_epochs=1, minibatches=1, learning_rate=1e38)
+    rollout = ppo.rollout(PROMPTS, 0)
+    with pytest.raises(FloatingPointError, match="step 1: weights are not finite any more. Training stops"):
+        for _ in range(2):
+            ppo.update(rollout, 0)
+
+
+@pytest.mark.parametrize("reward", [[1.0], [[1.0]] * 8, 1.0, [1.0] * 7])
+def test_a_reward_is_one_number_for_each_completion(reward):
+    with pytest.raises(ValueError, match="the reward of 8 completions has shape .* one number for each"):
+        tiny_ppo(reward=lambda prompts, texts: reward).rollout(PROMPTS, 0)
+
+
 # ---------------------------------------------------------------- value function and reward
 
 

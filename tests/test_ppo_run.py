@@ -23,7 +23,7 @@ REFERENCES = {"fixed": {}, "soft": {"reference": "soft", "alpha": 0.3, "tau": 2}
               "hard": {"reference": "hard", "tau": 2}}
 RUNS = [("full", "soft"), ("full", "fixed"), ("lora", "hard"), ("lora", "soft")]
 COLUMNS = """loss/policy loss/value reward/mean reward/model kl/sequence kl/k3 kl/update entropy clip_fraction
-    ratio/max value/explained_variance kl_coef eos_rate length/completion learning_rate grad_norm
+    ratio/max value/explained_variance kl_coef eos_rate length/rollout learning_rate grad_norm
     reference_updates""".split()
 
 
@@ -53,7 +53,8 @@ def test_a_run_is_an_ordinary_run(folder):
     for row in rows:
         assert row.keys() >= set(COLUMNS)
         assert row["ratio/first"] == 1.0 and row["ratio/max"] > 1
-        assert ("kl/initial" in row) == ("kl/reference" in row) == (row["step"] % 3 == 0)
+        measured = row["step"] % 3 == 0
+        assert ("kl/initial" in row) == ("kl/reference" in row) == ("length/completion" in row) == measured
     assert [row["reference_updates"] for row in rows] == [0, 1, 1, 2, 2, 3]
     assert [row["epoch"] for row in rows] == pytest.approx([8 * i / 38 for i in range(1, 7)], abs=1e-6)
     assert [folder.name for folder in checkpoints(directory)] == ["checkpoint-4", "checkpoint-6"]
@@ -231,6 +232,18 @@ def test_held_out_prompts_are_not_trained_on(tmp_path, no_report):
     assert seen and not seen & set(run.held_out_prompts())
 
 
+def test_prompts_given_in_python_are_not_evaluated_on(tmp_path, no_report):
+    prompts = [f"w{i} w{i + 1}" for i in range(3, 23)]
+    rows = [json.dumps({"prompt": prompt, "chosen": "w5", "rejected": "w6"}) for prompt in prompts]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "test.jsonl").write_text("\n".join(rows))
+    settings = ppo_settings(tmp_path, eval_data=str(tmp_path / "other"), eval_prompts=2)
+    run = train_ppo(settings, reward=says_w5, prompts=prompts[8:])
+    assert run.held_out_prompts(20) == prompts[:8]
+    with pytest.raises(ValueError, match="prompts is the text 'w3 w4': it has to be a list"):
+        train_ppo(settings, reward=says_w5, prompts="w3 w4", output=str(tmp_path / "other"))
+
+
 # ---------------------------------------------------------------- settings and refusals
 
 
@@ -248,6 +261,7 @@ def test_recipe_round_trip_and_change_of_method(tmp_path):
 @pytest.mark.parametrize(("settings", "message"), [
     ({"minibatches": 3}, "minibatches=3 does not divide batch_size=8"),
     ({"lora_dropout": 0.1, "tuning": "lora"}, "lora_dropout=0.1 with method=ppo"),
+    ({"kl_coef": 0, "kl_target": 6}, "kl_target=6.0 with kl_coef=0"),
     ({"gamma": 0}, "gamma=0"), ({"lam": 1.1}, "lam=1.1"), ({"kl_coeff": 1}, "did you mean 'kl_coef'"),
 ])
 def test_bad_settings_are_refused(settings, message):

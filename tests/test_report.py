@@ -26,7 +26,7 @@ def write_run(
     """A run's directory as training leaves it, with made-up numbers: gold grows by `gain`, KL to 2 * gain."""
     directory.mkdir(parents=True, exist_ok=True)
     base = {"model": "little-tldr", "data": "little-tldr", "output": str(directory)}
-    recipe = Recipe(**base | settings)
+    recipe = Recipe.load(base | settings)
     recipe.save(directory / "recipe.yaml")
     rows = []
     for step in range(1, steps + 1):
@@ -320,6 +320,18 @@ def test_what_cannot_be_compared_is_said_loudly(tmp_path, other, said):
     text = comparison.save(tmp_path / "c").read_text()
     assert text.startswith("# Comparison\n\n> **Warning.** These runs must not") and "## Samples" not in text
     assert not any("equal KL" in note for note in comparison.notes)
+
+
+def test_ppo_beside_dpo(tmp_path):
+    """In either order: PPO has settings of its own, and no beta; what it counts are iterations."""
+    dpo = write_run(tmp_path / "dpo", learning_rate=1e-3)
+    ppo = write_run(tmp_path / "ppo", method="ppo", reward_model="runs/taste")
+    for runs in ([dpo, ppo], [ppo, dpo]):
+        comparison = compare(runs)
+        assert any("also differ in learning_rate:" in note for note in comparison.notes)
+        betas = dict(zip(comparison.table["run"], comparison.table["beta"]))
+        assert betas["dpo"] == 0.05 and np.isnan(betas["ppo"])
+    assert "20 iterations of 64, little-tldr" in report(ppo).read_text()
 
 
 def test_other_settings_that_differ_are_named(tmp_path):

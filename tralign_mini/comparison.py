@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from . import pages
 from .overoptimization import frontier, gold_at
 from .pages import Side, escape, interval_text, number
+from .recipe import READ_BY
 from .record import Record, read
 
 SAME_TASK = ("model", "data", "max_prompt_tokens", "max_completion_tokens")  # else rows must not be compared
@@ -94,7 +95,8 @@ def _row(name: str, record: Record) -> dict:
     row = {"run": name, "method": record.method, "steps": record.steps, "updates": record.updates}
     row |= {"reference": record.kind if record.has_reference else "none"}
     row |= {key: record.recipe[key] if record.moves else None for key in ("alpha", "tau")}
-    row |= {key: record.recipe[key] for key in ("beta", "seed")}
+    row |= {"seed": record.recipe["seed"]}
+    row |= {"beta": record.recipe["beta"] if record.recipe["method"] in READ_BY["beta"] else None}
     row |= {key: record.last(key) for key in ("kl/initial", "kl/reference")}
     row |= dict(zip(WINS, record.against_initial())) | record.numbers("policy")
     return row | {"rewards/accuracy": record.accuracy()}
@@ -136,7 +138,8 @@ def _notes(table: pd.DataFrame, named: dict[str, Record], shared: dict | None) -
     notes = [f"One seed a row, {prompts} prompts. {pages.CAVEAT}"]
     if table["gold"].isna().all():
         notes.append(pages.NO_GOLD)
-    others = [key for key in records[0].recipe if key not in SAME_TASK + IN_THE_TABLE + NO_EFFECT]
+    both = [key for key in records[0].recipe if all(key in record.recipe for record in records)]
+    others = [key for key in both if key not in SAME_TASK + IN_THE_TABLE + NO_EFFECT]
     others = ", ".join(key for key in others if len(_values(records, key)) > 1)
     if others:
         notes.append(f"The runs also differ in {others}: a difference between them may be due to that.")

@@ -96,6 +96,9 @@ def evaluate(run, *, prompts: int | None = None, seed: int | None = None) -> Pat
     from .runs import Run
 
     run = run if isinstance(run, Run) else Run(run)
+    if run.recipe.method == "reward":
+        raise ValueError(f"{run.directory} is a reward model: it writes no answers. Its accuracy is in "
+                         "report.md; let it judge others with --judge reward:RUN.")
     held_out, seed = run.held_out_prompts(prompts), run.recipe.seed if seed is None else seed
     write_samples(run.policy, run.recipe, run.tokenizer, held_out, run.directory / "samples.jsonl", seed=seed)
     return run.report()

@@ -26,6 +26,8 @@ from .ppo_recipe import PPORecipe
 from .tokens import collate
 
 KL_STEP, KL_GAIN = 0.2, 0.1  # of the adaptive KL coefficient, arXiv 1909.08593, sec. 2.2
+ADVICE = ("Training stops, and the last checkpoint is kept. Try a smaller learning_rate or max_grad_norm, "
+          "or dtype=float32.")
 
 
 def token_rewards(scores: Tensor, log_ratio: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
@@ -139,7 +141,10 @@ class PPO:
                 self.policy, tokenizer, prompts, max_completion_tokens=recipe.max_completion_tokens,
                 max_prompt_tokens=recipe.max_prompt_tokens, seed=int(rng.integers(2**32)),
                 batch_size=recipe.sample_batch_size or len(prompts))
-            scores = torch.as_tensor(self.score(prompts, samples), dtype=torch.float32)
+            scores = torch.as_tensor(self.score(prompts, samples), dtype=torch.float32, device="cpu")
+        if scores.shape != (len(prompts),):
+            raise ValueError(f"the reward of {len(prompts)} completions has shape {tuple(scores.shape)}: it "
+                             "has to be one number for each of them.")
         device = next(self.policy.parameters()).device
         lengths = torch.tensor([len(completion) for _, completion in samples.sequences], device=device)
         mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
@@ -168,7 +173,7 @@ class PPO:
             "entropy": -logps[mask].mean(),  # its estimate on the policy's own samples
             "value/explained_variance": 1 - unexplained / (variance + 1e-8),
             "advantage/std": advantages[mask].std(correction=0),
-            "eos_rate": ended.float().mean(), "length/completion": lengths.float().mean(),
+            "eos_rate": ended.float().mean(), "length/rollout": lengths.float().mean(),
         }
         if recipe.whiten:
             advantages = whiten(advantages, mask)
@@ -178,7 +183,8 @@ class PPO:
     def update(self, rollout: Rollout, step: int) -> dict[str, float]:
         """Epochs of minibatches over the samples; numbers for metrics.jsonl, means over their tokens.
 
-        FloatingPointError for a loss or a gradient that is not finite, before it touches the weights.
+        FloatingPointError for a loss or a gradient that is not finite, before it touches the weights, and for
+        weights that are not.
         """
         rng = np.random.default_rng([self.recipe.seed, step, 1])
         sums, first = defaultdict(float), None
@@ -188,6 +194,8 @@ class PPO:
                 first = numbers["ratio/max"] if first is None else first
                 for name, number in numbers.items():
                     sums[name] = max(sums[name], number) if name == "ratio/max" else sums[name] + number
+        if not all(weight.isfinite().all() for weights in self.trained for weight in weights):
+            raise FloatingPointError(f"step {step + 1}: weights are not finite any more. {ADVICE}")
         tokens = sums.pop("tokens")
         numbers = {name: total if name == "ratio/max" else total / tokens for name, total in sums.items()}
         self.kl_coef = adapted(self.kl_coef, rollout.numbers["kl/sequence"], self.recipe.kl_target)
@@ -221,8 +229,7 @@ class PPO:
         found = {name: sums[name] for name in ("loss/policy", "loss/value")} | {"gradient norms": sum(norms)}
         if wrong := [name for name, number in found.items() if not np.isfinite(number)]:
             raise FloatingPointError(
-                f"step {step + 1}: {' and '.join(wrong)} not finite. Training stops, and the last checkpoint "
-                "is kept. Try a smaller learning_rate or max_grad_norm, or dtype=float32.")
+                f"step {step + 1}: {' and '.join(wrong)} not finite. {ADVICE}")
         self.optimizer.step()
         for name, norm in zip(("grad_norm", "grad_norm/value"), norms):
             sums[name] = norm * tokens

@@ -69,6 +69,9 @@ class PPORecipe(Recipe):
             (self.lora_dropout,
              f"lora_dropout={self.lora_dropout:g} with method=ppo: while the weights are the same, the ratio"
              " of two passes over the same tokens has to be 1; leave it out"),
+            (self.kl_target and not self.kl_coef,
+             f"kl_target={self.kl_target} with kl_coef=0: a coefficient of 0, multiplied, stays 0; begin with"
+             " kl_coef=0.05, for example"),
         ]
         if any(broken for broken, _ in rules):
             raise ValueError("\n".join(line for broken, line in rules if broken))

@@ -39,6 +39,7 @@ from .ppo_models import trained_parameters, value_and_score
 from .ppo_recipe import PPORecipe
 from .recipe import Recipe
 from .runs import (
+    GIVEN_PROMPTS,
     Run,
     begin,
     check_lengths,
@@ -75,8 +76,11 @@ def train_ppo(recipe, *, reward=None, prompts=None, stop=None, **overrides) -> R
 
     tokenizer = load_tokenizer(recipe.model)
     dataset, _, held_out, source = split_rows(recipe)
-    given = dataset["prompt"] if prompts is None else prompts
-    prompts, report = _training_prompts(list(given), held_out, tokenizer)
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts is the text {prompts[:40]!r}: it has to be a list of prompts.")
+    given = None if prompts is None else list(prompts)
+    prompts = list(dataset["prompt"]) if given is None else given
+    prompts, report = _training_prompts(prompts, held_out, tokenizer)
     plan = recipe.plan(len(prompts))
     order = np.random.default_rng(recipe.seed).permutation(len(prompts))[: plan.rows]
     prompts = [prompts[i] for i in order]
@@ -87,6 +91,8 @@ def train_ppo(recipe, *, reward=None, prompts=None, stop=None, **overrides) -> R
     print(f"{plan}\nreward    {run.about}\nevaluation {len(held_out)} prompts, {source}", flush=True)
     if not resumed:
         begin(directory, recipe, report)
+        if given is not None:
+            (directory / GIVEN_PROMPTS).write_text(json.dumps(given))
     else:
         checkpoint = rewind(directory)
         if checkpoint:

@@ -65,5 +65,6 @@ def _result(record: Record, sides: dict[str, Side]) -> list[str]:
         text.append(f"Highest on the way: {best:.2f} at step {int(step)}, against {last:.2f} at step "
                     f"{int(end)}. The highest of {len(gold)} noisy values flatters.")
     recipe, prompts = record.recipe, f"{len(record.samples)} prompts"
-    scale = f"{record.steps} optimizer steps of {recipe['batch_size']}, {escape(recipe['model'])}"
+    steps = "iterations" if recipe["method"] == "ppo" else "optimizer steps"
+    scale = f"{record.steps} {steps} of {recipe['batch_size']}, {escape(recipe['model'])}"
     return text + [f"One seed ({recipe['seed']}), {prompts}, {scale}. {pages.CAVEAT}"]

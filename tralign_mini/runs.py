@@ -27,6 +27,7 @@ from .tokens import prompt_ids
 from .train import AlignmentTrainer
 from .worlds import WORLDS
 
+GIVEN_PROMPTS = "prompts.json"  # in a run's directory: those that a Python program gave to train_ppo
 NOT_OF_THE_RUN = ("resume", "output", "save_steps", "tensorboard")  # may differ when a run is resumed
 
 
@@ -79,7 +80,9 @@ class Run:
         """The first `count` evaluation prompts (default: the recipe's), none of which the run trained on."""
         train, _, prompts, _ = split_rows(self.recipe)
         if count is not None:
-            trained = {json.dumps(prompt) for prompt in train["prompt"]}
+            given = self.directory / GIVEN_PROMPTS
+            given = json.loads(given.read_text()) if given.is_file() else []
+            trained = {json.dumps(prompt) for prompt in [*train["prompt"], *given]}
             prompts = split_rows(self.recipe.replace(eval_prompts=count))[2]
             prompts = [prompt for prompt in prompts if json.dumps(prompt) not in trained]
         return prompts
