@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -22,10 +23,12 @@ from helpers import EOS, PAD, VOCAB, logps_by_hand, tiny_llama, tiny_neox, tiny_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_helpers import adapted
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tralign_mini import logprobs
 from tralign_mini.data import collate
+from tralign_mini.generate import sample
 from tralign_mini.logprobs import CompletionScorer, completion_logps, plain_completion_logps
 
 BUILDERS = [tiny_neox, tiny_llama]
@@ -274,6 +277,15 @@ def test_within_the_budget_nothing_is_computed_twice(monkeypatch):
     in_chunks_of(monkeypatch, COUNTED)
     weighted(completion_logps(model, packed(GROUPS))).backward()
     assert head.shapes == [(COUNTED, VOCAB)]
+
+
+@pytest.mark.parametrize("adapter", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_refused_and_not_left_out(adapter):
+    model = get_peft_model(build("Llama"), adapter(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    sampling = partial(sample, tokenizer=tiny_tokenizer(), prompts=["w3"], max_completion_tokens=1)
+    for function in (completion_logps, plain_completion_logps, lambda model, batch: sampling(model)):
+        with pytest.raises(ValueError, match="virtual tokens are neither scored nor sampled here. Use LoRA"):
+            function(model, WHOLE)
 
 
 class Alive(TorchDispatchMode):

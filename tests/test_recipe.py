@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -53,6 +54,7 @@ BAD = [
     (SOFT | {"method": "orpo"}, ["method=orpo", "orpo has no reference", "reference=fixed"]),
     (HARD | {"method": "sft"}, ["method=sft", "sft has no reference"]),
     (WORLD | {"method": "simpo", "logps": "sum"}, ["logps=sum", "simpo is defined with the mean"]),
+    (WORLD | {"method": "sft", "logps": "mean"}, ["logps=mean with method=sft", "leave it out"]),
     (WORLD | {"beta": 0}, ["beta=0", "must be greater than 0"]),
     (WORLD | {"label_smoothing": 0.5}, ["label_smoothing=0.5", "must be less than 0.5"]),
     (WORLD | {"simpo_gamma": -1}, ["simpo_gamma=-1", "greater than or equal to 0"]),
@@ -301,6 +303,11 @@ def test_too_little_data_is_refused(settings, words):
 
 
 # --- the shipped recipes ---
+
+@pytest.mark.parametrize("name", ["data", "eval_data", "output"])
+def test_a_path_is_as_good_as_its_text(name):
+    assert getattr(Recipe(**WORLD | {name: Path("~") / "here"}), name) == os.path.expanduser("~/here")
+
 
 FOLDER = Path(tralign_mini.recipe_file.__file__).parent / "recipes"
 

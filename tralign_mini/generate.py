@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .adapters import eval_mode
+from .logprobs import refuse_virtual_tokens
 from .tokens import prompt_ids
 
 
@@ -37,6 +38,7 @@ def sample(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequen
     drawn. The model's own generation settings are not used. Same seed and same batch size: same samples. The
     global random state, every module's train/eval mode and the model's settings are left as they were.
     """
+    refuse_virtual_tokens(model)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     if max_completion_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_completion_tokens and batch_size must be at least 1, not "

@@ -49,6 +49,7 @@ def completion_token_logps(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 def predictions(model, batch) -> tuple[dict, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The model's inputs; then, (n, C): flat positions that predict, tokens predicted, which count."""
+    refuse_virtual_tokens(model)
     if "position_ids" in batch:
         names = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
         mask = shared_prompt_mask(model, batch["group"], batch["branch"], batch.get("spans"))
@@ -63,6 +64,7 @@ def predictions(model, batch) -> tuple[dict, torch.Tensor, torch.Tensor, torch.T
 
 def plain_completion_logps(model, batch, *, average=False) -> torch.Tensor:
     """`completion_logps` of whole sequences the plain way: all logits, one gather. Slow, easy to believe."""
+    refuse_virtual_tokens(model)
     input_ids, attention_mask, completion_mask = checked(batch)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1].float()
     token_logps = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)  # (n, L - 1)
@@ -209,6 +211,13 @@ def _is_all_there_is(model, backbone, head, softcap) -> bool:
             hook.remove()
     return (seen.keys() == {"hidden", "input", "output"} and torch.equal(seen["hidden"], seen["input"])
             and torch.equal(_capped(seen["output"], softcap), logits))
+
+
+def refuse_virtual_tokens(model) -> None:
+    """ValueError for prompt and prefix tuning: what they put before a text would be left out, silently."""
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(f"the adapter is one of {model.active_peft_config.peft_type.value}, whose virtual "
+                         "tokens are neither scored nor sampled here. Use LoRA.")
 
 
 def checked(batch):

@@ -131,7 +131,8 @@ class Recipe(BaseModel):
         kind = cls.model_fields[info.field_name].annotation
         if isinstance(value, bool) and kind is not bool:
             raise ValueError("true and false are no values for this")  # pydantic would read true as 1
-        return os.path.expanduser(value) if kind is str and isinstance(value, (str, os.PathLike)) else value
+        text = isinstance(value, os.PathLike) or (kind is str and isinstance(value, str))
+        return os.path.expanduser(value) if text else value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
@@ -153,6 +154,8 @@ class Recipe(BaseModel):
              " should fit several times into the run, for example tau=50"),
             (self.logps == "sum" and method in ("orpo", "simpo"),
              f"logps=sum with method={method}: {method} is defined with the mean over tokens; leave it out"),
+            (self.logps == "mean" and method == "sft",
+             "logps=mean with method=sft: its loss is the mean over all tokens of the step; leave it out"),
             (method == "kto" and self.batch_size == 1,
              "batch_size=1 with method=kto: z0 needs a completion of another prompt of the step; take 2"),
             (divisor != micro,
