@@ -249,7 +249,7 @@ def test_what_a_cpu_holds_beside_tensors(folder):
     bare, found = parts(recipe), predict(recipe).moments[STEP]
     assert found.pop("framework") == 60 * 2**20
     assert found.pop("file, mapped") == 4 * LAYERS * LINEAR  # of which the codes were made
-    assert found.pop("freed, still held") == 0.85 * sum(bare.get(label, 0) for label in PASSING)
+    assert found.pop("freed, still held") == 1.08 * sum(bare.get(label, 0) for label in PASSING)
     assert found == bare
     half = AutoConfig.from_pretrained(folder / "neox")
     half.dtype = "float16"
