@@ -286,7 +286,14 @@ def test_a_reference_that_hardly_moves_warns_loudly(reference, tau, updates, wor
         assert Recipe(**WORLD, reference=reference, tau=advised).plan(9800).updates == 3
 
 
+def test_a_warm_up_as_long_as_the_run_warns():
+    short, enough = (Recipe(**WORLD, warmup_steps=10, max_steps=steps).plan(9800) for steps in (10, 11))
+    assert "WARNING   warmup_steps=10 but the run has 10 steps: the learning rate never gets" in str(short)
+    assert not enough.warnings
+
+
 def test_plan_of_a_very_short_run():
+    assert "every step: 1 update\n" in str(Recipe(**SOFT, tau=1, max_steps=1).plan(100))
     assert "train longer" in str(Recipe(**SOFT, tau=5, max_steps=1).plan(100))
     assert "tau <= 1 for 2 updates" in str(Recipe(**SOFT, tau=5, max_steps=2).plan(100))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -302,6 +303,23 @@ def test_an_output_that_is_taken(tmp_path):
     tr.train(settings)
     with pytest.raises(ValueError, match=r"already holds a run.*resume=true.*another output"):
         tr.train(settings)
+
+
+def test_a_longer_run_begins_at_the_weights_of_this_one(tmp_path):
+    settings = tiny_run(tmp_path, max_steps=1, eval_prompts=1)
+    run = tr.train(settings)
+    with pytest.raises(ValueError, match=r"max_steps: 1 then, 2 now.*begin at its weights: model=") as caught:
+        tr.train(settings, resume=True, max_steps=2)
+    model = re.search(r"model=(\S+)-N\.", str(caught.value))[1] + "-1"
+    more = tr.train(settings, model=model, output=str(tmp_path / "more"))
+    assert more.history["logps/chosen"][0] != run.history["logps/chosen"][0]
+
+
+def test_data_of_one_prompt_which_is_held_out(tmp_path):
+    row = json.dumps({"prompt": "w3", "chosen": "w4", "rejected": "w5"})
+    (tmp_path / "one.jsonl").write_text("\n".join([row] * 20))
+    refused(tmp_path, "No row is left to train on. Is each prompt held out.*eval_data=FOLDER",
+            data=str(tmp_path / "one.jsonl"))
 
 
 def test_prompts_beyond_the_positions_of_the_model(tmp_path):

@@ -309,7 +309,7 @@ def test_method_and_columns_that_do_not_fit():
         ValueError, match="'kto' needs the columns prompt, chosen, rejected, or prompt, completion, label"):
         prepare(unpaired().remove_columns("label"), "kto")
     with pytest.raises(ValueError,
-                       match=r"(?s)No row is left to train on:\nrows in +1\n  dropped: identical pair +1"):
+                       match=r"(?s)No row is left to train on\.\nrows in +1\n  dropped: identical pair +1"):
         prepare(mixed().select([6]), "dpo")
 
 

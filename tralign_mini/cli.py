@@ -128,6 +128,9 @@ def evaluate(
 ) -> None:
     """Sample finished runs again, measure them, and print the comparison.
 
+    The new samples and report take the place of the run's own; without --prompts and --seed they are the very
+    ones with which it ended.
+
     With --judge: two runs, or one and its initial policy, on the samples that they have (--prompts or --seed:
     on new ones). A language model's answers are kept, so a killed command goes on where it was.
     """

@@ -128,7 +128,7 @@ def differences(records: list[Record]) -> list[str]:
     found = [f"{key} ({', '.join(several)})" for key, several in values.items() if len(several) > 1]
     prompts = [record.column("prompt") for record in records if record.samples]
     if any(other != prompts[0] for other in prompts):
-        found.append("the prompts they were evaluated on")
+        found.append("the prompts they were evaluated on (tralign evaluate samples all of them anew)")
     return found
 
 

@@ -141,7 +141,9 @@ def _read(path: Path) -> Iterator[tuple[int, dict]]:
             yield from enumerate(json.load(file), start=1) if is_list else _json_lines(file, path)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error, pyarrow.ArrowException) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): save it with that encoding.") from error
+    except (OSError, EOFError, zlib.error, csv.Error, pyarrow.ArrowException) as error:
         raise ValueError(f"{path} cannot be read as {_extension(path)}: {error}. Is it damaged?") from error
 
 
@@ -158,7 +160,9 @@ def _csv_rows(file) -> Iterator[tuple[int, dict]]:
     csv.field_size_limit(2**31 - 1)  # the default refuses a text of more than 128 KiB
     for number, row in enumerate(csv.DictReader(file), start=1):
         if None in row or None in row.values():
-            raise csv.Error(f"row {number} has not as many fields as the header; quote texts with commas")
+            header = ", ".join(filter(None, row))
+            raise csv.Error(f"row {number} has not as many fields as the header ({header}): commas separate "
+                            "fields, and texts with commas are quoted")
         if row.get("label", "").lower() in ("true", "false"):  # CSV is all text; pandas writes True
             row["label"] = row["label"].lower() == "true"
         yield number, row
@@ -199,7 +203,12 @@ def _form_of(row: dict):
     for columns, convert in _FORMS:
         if all(column in row for column in columns):
             return columns, convert
-    raise ValueError(f"found the columns {', '.join(map(str, row)) or '(none)'}; expected {_expected()}")
+    known = {column for columns, _ in _FORMS for column in columns}
+    found, meant = [str(name) for name in row], ""
+    for name in found:
+        for near in difflib.get_close_matches(name, known, 1, 0.7) if name not in known else ():
+            meant += f" (did you mean {near!r} by {name!r}?)"
+    raise ValueError(f"found the columns {', '.join(found) or '(none)'}{meant}; expected {_expected()}")
 
 
 def _expected() -> str:
@@ -207,7 +216,7 @@ def _expected() -> str:
 
 
 def _show(value) -> str:
-    return f"{type(value).__name__} {value!r:.60}"
+    return "empty (null)" if value is None else f"{type(value).__name__} {value!r:.60}"
 
 
 def _content(value, column: str):

@@ -32,7 +32,8 @@ def in_words(recipe: Recipe, steps: int, epochs: float, updates: int) -> dict[st
     elif recipe.reference == "hard":
         reference = "hard: copies the policy"
     if recipe.reference != "fixed":
-        reference += f", every {recipe.tau} steps: {updates} updates"
+        often = "step" if recipe.tau == 1 else f"{recipe.tau} steps"
+        reference += f", every {often}: {updates} update{'s' * (updates != 1)}"
     tuning = recipe.tuning
     if tuning != "full":
         tuning += f", rank {recipe.lora_rank}, lora_alpha {recipe.lora_alpha:g}"
@@ -60,16 +61,19 @@ class Plan:
 
     @property
     def warnings(self) -> list[str]:
-        """A moving reference that hardly moves: 0 or 1 updates in the whole run."""
-        recipe, steps = self.recipe, self.steps
+        """A learning rate that never gets up, and a moving reference that hardly moves: 0 or 1 updates."""
+        recipe, steps, found = self.recipe, self.steps, []
+        if recipe.warmup_steps >= steps:
+            found.append(f"warmup_steps={recipe.warmup_steps} but the run has {steps} steps: the learning "
+                         "rate never gets to its value, so little is learnt; choose warmup_steps=0")
         if recipe.reference == "fixed" or self.updates > 1:
-            return []
+            return found
         what = "never moves" if self.updates == 0 else "moves only after the last step"
         what += f", this is plain {recipe.method.upper()}"
         if self.updates and recipe.tau < steps:
             what = f"moves only once, at step {recipe.tau}"
         advice = f"choose tau <= {max(1, steps // 3)} for {min(3, steps)} updates"
-        return [f"tau={recipe.tau} but the run has {steps} steps: the reference {what}; "
+        return [*found, f"tau={recipe.tau} but the run has {steps} steps: the reference {what}; "
                 f"{advice if steps > 1 else 'train longer'}"]
 
     def __str__(self) -> str:

@@ -236,7 +236,8 @@ def refuse_another_recipe(directory: Path, recipe: Recipe) -> None:
                           if stored[key] != wanted[key] and key not in NOT_OF_THE_RUN)
     if different:
         raise ValueError(f"output={directory} holds a run with other settings ({different}). A resumed run "
-                         "is the same run: give the old settings, or another output for a new run.")
+                         "is the same run: give the old settings, or another output for a new run, which may "
+                         f"begin at its weights: model={directory}/checkpoints/checkpoint-N.")
 
 
 def rewind(directory: Path) -> Path | None:

@@ -188,7 +188,9 @@ def prepare(dataset: datasets.Dataset, tokenizer, *, method: str, max_prompt_tok
     report.rows_out, report.dropped = len(rows), dict(dropped.most_common())
     report.mean_tokens = {part: sum(lengths[part]) / len(lengths[part]) for part in PARTS if part in lengths}
     if not rows:
-        raise ValueError(f"No row is left to train on:\n{report}")
+        held_out = "" if len(dataset) else (" Is each prompt held out for evaluation? Give other prompts for "
+                                            "that, eval_data=FOLDER with a file test.*, or here.")
+        raise ValueError(f"No row is left to train on.{held_out}\n{report}")
     return rows, report
 
 
