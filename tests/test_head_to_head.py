@@ -280,7 +280,9 @@ def test_arena_hard_files_by_hand(two, tmp_path):
 
 
 @pytest.mark.parametrize("settings, said", [
-    ({"format": "csv"}, "no format 'csv'"), ({"run": "none"}, "none is not there")])
+    ({"format": "csv"}, "no format 'csv'"), ({"run": "none"}, "none is not there"),
+    ({"generator": "me/model"}, "generator='me/model' is also the name of a file: leave out the /"),
+    ({"generator": "../model", "format": "arena-hard"}, "leave out the /")])
 def test_exports_that_cannot_be(two, tmp_path, settings, said):
     settings = {"run": two[0], "folder": tmp_path / "out", "format": "alpaca_eval"} | settings
     with pytest.raises(ValueError, match=said):

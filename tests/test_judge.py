@@ -267,10 +267,12 @@ GARBAGE = {
     "text that is no verdict": (completion("Both have merits."), "unreadable answer"),
     "half of a verdict": (completion('{"reason": "x", "win'), "unreadable answer"),
     "no text": (completion(None), "unreadable answer"),
+    "brackets without end": (completion("[" * 3000), "unreadable answer"),
     "cut off": (completion('{"reason": "x", "winner": "A"}', "length"), "answer longer than its limit"),
     "a web page": (sends("<html>Welcome</html>"), "a reply that is no chat completion"),
     "JSON of another kind": (sends({"hello": "world"}), "a reply that is no chat completion"),
     "no choices": (sends({"choices": []}), "a reply that is no chat completion"),
+    "JSON without end": ((200, HALF[1], b"[" * 3000), "a reply that is no chat completion"),
     "half JSON": ((200, HALF[1], HALF[2][:60]), "a reply that is no chat completion"),
     "refused": (sends({"error": {"message": "too long"}}, 400), "HTTP 400"),
 }
@@ -304,16 +306,19 @@ REFUSALS = [(401, "refuses the key in OPENAI_API_KEY .401"), (403, "refuses the 
 
 @pytest.mark.parametrize("status, said", REFUSALS)
 def test_what_would_last_stops_the_judge(tmp_path, status, said):
+    broken = True
+
     def reply(question, number):
         error = {"error": {"message": f"no, not with {KEY}"}}
-        return longer(question, number) if number < 3 else sends(error, status, x_should_retry="false")
+        refuses = broken and number >= 3
+        return sends(error, status, x_should_retry="false") if refuses else longer(question, number)
 
     with endpoint(reply) as server:
         with pytest.raises(ValueError, match=said) as caught:
             make(server, tmp_path, parallel=1)(PROMPTS, A, B)
         assert KEY not in str(caught.value) and caught.value.__suppress_context__  # nor in a traceback
         assert len(server.questions) <= 5  # one more may have been under way
-    with endpoint(longer) as server:
+        broken = False
         judge = make(server, tmp_path)
         assert winners(judge(PROMPTS, A, B)) == ["a", "b", "tie", "a"]
     assert judge.kept >= 3 and judge.asked + judge.kept == 6
@@ -360,6 +365,13 @@ def test_answers_are_kept_under_model_and_texts(tmp_path):
     assert len(rows) == len({row["key"] for row in rows}) == 14 and rows[0]["tokens"] == list(TOKENS)
 
 
+def test_two_servers_that_call_their_model_the_same_are_two_judges(tmp_path):
+    with endpoint(longer) as server, endpoint(lambda question, number: winner("tie")) as other:
+        for at, said in ((server, "a"), (other, "tie"), (server, "a")):
+            assert winners(make(at, tmp_path)(PROMPTS[:1], A[:1], B[:1])) == [said]
+    assert len(server.questions) == len(other.questions) == 2
+
+
 def test_the_same_question_is_asked_once(tmp_path):
     with endpoint(longer) as server:
         assert winners(make(server, tmp_path)(["p"] * 5, ["long one"] * 5, ["b"] * 5)) == ["a"] * 5
@@ -374,6 +386,19 @@ def test_cost_is_tokens_and_with_a_price_dollars(tmp_path):
         assert "6 requests, 0 more answered from answers.jsonl; 600 tokens read, 42 written" in judge.report()
         assert "0.0019 $; 0 failed." in judge.report()  # 600 * 2.5e-6 + 42 * 10e-6 = 0.00192
         assert "$" not in make(server, tmp_path).report()
+
+
+def test_an_answer_without_a_count_of_its_tokens_is_an_answer(tmp_path):
+    usages = [{}, {"prompt_tokens": None, "completion_tokens": None}, {"prompt_tokens": 5}, None]
+
+    def reply(question, number):
+        return sends(json.loads(longer(question, number)[2]) | {"usage": usages[number]})
+
+    with endpoint(reply) as server:
+        judge = make(server, tmp_path, parallel=1)
+        assert winners(judge(PROMPTS[:2], A[:2], B[:2])) == ["a", "b"]
+        assert judge.tokens == [5, 0] and not judge.failures
+        assert winners(make(server, tmp_path)(PROMPTS[:2], A[:2], B[:2])) == ["a", "b"]  # all were kept
 
 
 PROGRAM = """
@@ -430,6 +455,27 @@ def test_the_key_is_nowhere_even_if_the_endpoint_repeats_it(tmp_path, capsys):
     everything = repr(verdicts) + judge.report() + "".join(capsys.readouterr())
     everything += "".join(path.read_text() for path in tmp_path.iterdir())
     assert KEY not in everything and "your key is ***" in everything and "bad key ***" in everything
+
+
+def test_a_key_from_a_file_may_end_in_a_line_break_but_not_have_one_within(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\r\n")
+    with endpoint(longer) as server:
+        make(server, tmp_path)(PROMPTS[:1], A[:1], B[:1])
+        assert server.requests[0][1]["authorization"] == f"Bearer {KEY}"
+        for bad in (f"{KEY}\r{KEY}", f"{KEY}é"):
+            monkeypatch.setenv("OPENAI_API_KEY", bad)
+            with pytest.raises(ValueError, match="a character that is in no key") as caught:
+                make(server, tmp_path)(PROMPTS, A, B)
+            assert KEY not in str(caught.value)
+
+
+def test_the_key_is_nowhere_even_if_it_is_in_the_address(tmp_path):
+    with endpoint(longer) as server:
+        server.url += f"/{KEY}"
+        judge = make(server, tmp_path, retries=0)
+    with pytest.raises(ValueError, match=r"/v1/\*\*\*/ cannot be reached") as caught:
+        judge(PROMPTS, A, B)
+    assert KEY not in str(caught.value)
 
 
 def test_without_a_key_a_local_endpoint_is_enough(tmp_path, monkeypatch):

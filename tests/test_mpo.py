@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import tralign_mini as tr
 from tralign_mini import cli, models, mpo
 from tralign_mini.data import load_dataset
+from tralign_mini.json_lines import read_rows as lines
 from tralign_mini.mpo import folds_of, gap_figure, load_settings, split_gaps, stage_recipe, train_mpo
 from tralign_mini.recipe_file import RecipeError
 from tralign_mini.widgets.split_explorer import wrong_share
@@ -118,12 +119,15 @@ def test_the_slider_moves_the_threshold_and_a_picture_takes_a_tenth_of_a_second(
 
 
 def settings_of(folder: Path, **changes) -> dict:
-    """All of MPO on a tiny model: the chosen completion says w5, the rejected w6, but one pair in eight."""
+    """All of MPO on a tiny model: the chosen completion says w5, the rejected w6, but one pair in eight.
+
+    What is between its words ends a line for `str.splitlines`, and does not in JSON.
+    """
     if not (folder / "model").exists():
         write_model(folder / "model", tiny_neox())
         rows = []
         for i in range(48):
-            sides = [f"w5 w{10 + i % 31}", f"w6 w{10 + i % 29}"]
+            sides = [f"w5\u2028w{10 + i % 31}", f"w6 w{10 + i % 29}"]
             prompt = f"w{7 + (i // 2) % 50} w{8 + (i // 2) % 43}"  # two pairs a prompt
             chosen, rejected = sides[::-1] if i % 8 == 7 else sides
             rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
@@ -144,10 +148,6 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(root):
     return train_mpo(settings_of(root))
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_directory_holds_every_stage_as_a_run(done):
@@ -223,8 +223,9 @@ def test_the_split_is_what_it_says(done):
 def test_pairs_of_the_wrong_sign_are_kept_dropped_or_flipped_and_counted(done, tmp_path, wrong_sign, swap):
     shutil.copytree(done.directory, tmp_path / "mpo")
     settings = load_settings(settings_of(Path(done.directory).parent, wrong_sign=wrong_sign, swap=swap), {})
-    mpo._split(settings, tmp_path / "mpo")
+    mpo._split(settings | {"seed": 5}, tmp_path / "mpo")  # the folds are the files', not drawn again
     check_split(tmp_path / "mpo", wrong_sign, swap)
+    assert mpo.MPORun(tmp_path / "mpo").pairs.fold.tolist() == done.pairs.fold.tolist()
 
 
 def test_stage_2_begins_at_the_policy_of_stage_1_and_is_held_to_it(done):
@@ -315,13 +316,25 @@ def test_settings_of_a_stage_win_over_those_of_all():
     assert swapped.replace(output="/x/easy") == easy
 
 
+def test_none_is_not_given():
+    settings = {"model": "little-tldr", "easy_fraction": 0.5, "max_steps": 4}
+    none = {"seed": None, "gamma": None, "wrong_sign": None, "swap": None, "train_pairs": None}
+    assert load_settings(settings | none, {}) == load_settings(settings, {})
+    assert load_settings(settings | {"seed": 3}, none) == load_settings(settings, {})
+    own = load_settings(settings, {"easy.max_steps": None})  # but not that of all runs, for this one
+    steps = [stage_recipe(own, Path("/x"), name).max_steps for name in ("easy", "reward")]
+    assert steps == [None, 4]
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"wrong_sign": "fix"}, "wrong_sign=fix: must be one of keep, drop, flip"),
     ({"swap": "yes"}, "swap=yes: must be true or false"), ({"method": "dpo"}, "say easy.method"),
     ({"easy_fraction": 2}, "easy_fraction=2 is no share"), ({"gamma": 1}, "give one of them"),
     ({"dpo": {"beta": 1}}, "dpo.beta: there is no such setting"),
     ({"easy.data": "x"}, "easy.data: there is no such"),
-    ({"ppo.method": "dpo"}, "ppo.method: there is no such"), ({"easy.betta": 1}, "did you mean 'beta'"),
+    ({"ppo.method": "dpo"}, "ppo.method: there is no such"),
+    ({"ppo.model": "x"}, "ppo.model: there is no such setting; .* ppo's model is stage 1's"),
+    ({"easy.betta": 1}, "did you mean 'beta'"),
     ({"easy.reference": "hard"}, "reference=hard needs tau"),
     ({"data": None, "model": "x"}, "data is missing")])
 def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, changes, message):
@@ -329,6 +342,36 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, changes,
     with pytest.raises(RecipeError, match=message):
         train_mpo(settings | changes)
     assert not (tmp_path / "mpo").exists()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"train_pairs": 10**6}, r"train_pairs=1000000, but there are only \d\d pairs: lower it"),
+    ({"easy_fraction": 0.9}, "stage-2.jsonl has 5 prompts to train on, less than one batch of batch_size=8"),
+    ({"easy_fraction": 0.1}, "stage-1.jsonl has 5 pairs"),
+    ({"easy_fraction": 0.1, "swap": True}, "stage-2.jsonl has 5 prompts"),
+    ({"reward.batch_size": 24}, r"fold-\w.jsonl has \d\d pairs")])
+def test_too_few_pairs_for_a_stage_are_refused_before_training(root, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train_mpo(settings_of(root, output=str(tmp_path / "mpo")), **changes)
+    assert not (tmp_path / "mpo").exists()
+
+
+def test_kto_makes_two_rows_of_a_pair(root, tmp_path):
+    settings = load_settings(settings_of(root), {"easy.method": "kto", "easy.batch_size": 32})
+    mpo._write_data(settings, tmp_path / "mpo")
+    pairs = len(lines(tmp_path / "mpo" / "data" / "all.jsonl")) // 2
+    assert pairs < 32 < 2 * pairs
+
+
+@pytest.mark.parametrize("place, message", [
+    (-3, "stage-1.jsonl has 3 pairs .*less than one batch"), (3, "stage-2.jsonl has [123] prompts")])
+def test_a_split_with_too_few_pairs_for_a_stage_is_refused_first(done, root, tmp_path, place, message):
+    cut(done, tmp_path / "mpo", "reward-b")
+    gamma = float(np.sort(done.pairs.gap.abs())[place - 1 : place + 1].mean())
+    settings = load_settings(settings_of(root, gamma=gamma, easy_fraction=None), {})
+    with pytest.raises(RecipeError, match=message):
+        mpo._split(settings, tmp_path / "mpo")
+    assert not (tmp_path / "mpo" / "split.json").exists()
 
 
 def test_unpaired_data_are_refused(root, tmp_path):

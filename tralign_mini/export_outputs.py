@@ -29,6 +29,8 @@ def export_outputs(run, folder: str | Path, *, format: str, who: str = "policy",
     check_format(format)
     record, folder = read_sampled(run), Path(folder)
     generator = (generator or record.directory.resolve().name) + "-initial" * (who == "initial")
+    if Path(generator).name != generator:
+        raise ValueError(f"generator={generator!r} is also the name of a file: leave out the /.")
     rows = [(prompt_text(row["prompt"]), row[who].strip()) for row in record.samples]
     if format == "alpaca_eval":
         more = {"generator": generator, "dataset": Path(record.prompts_from).name}

@@ -2,7 +2,7 @@
 
 What it is asked stands here, and an answer is read strictly or not at all. Every comparison is asked in both
 orders, and only who wins in both is the winner: judges favour a position. What can be read is kept on disk,
-under a hash of everything that was asked: a run that was killed goes on where it stopped, and nothing is
+under a hash of who was asked, and what: a run that was killed goes on where it stopped, and nothing is
 paid for twice. Failures are not kept; the next run asks again. The key comes from OPENAI_API_KEY and is
 written nowhere.
 """
@@ -109,7 +109,10 @@ def read_ratings(text: str) -> dict[str, int]:
 def _read(text: str, keys: tuple[str, ...]) -> dict:
     """A JSON object with each of these keys once and no other, bare or in a code fence; else ValueError."""
     fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text.strip(), re.DOTALL)
-    pairs = json.loads(fenced[1] if fenced else text, object_pairs_hook=tuple)  # a dict drops repeated keys
+    try:
+        pairs = json.loads(fenced[1] if fenced else text, object_pairs_hook=tuple)  # repeated keys stay
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(pairs, tuple) or sorted(key for key, _ in pairs) != sorted(keys):
         raise ValueError(f"not an object with the keys {', '.join(keys)}")
     return dict(pairs)
@@ -133,7 +136,10 @@ class LLMJudge:
         except ImportError:
             raise ValueError("A language model as judge needs the openai package, and it is not installed. "
                              "Install it: pip install 'tralign-mini[judge]'") from None
-        self._key = os.environ.get("OPENAI_API_KEY") or ""
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip()  # a file with CRLF leaves a CR
+        if not (self._key.isascii() and self._key.isprintable()):  # the header's error would show it
+            raise ValueError("OPENAI_API_KEY has a character that is in no key, such as a line break or an "
+                             "accented letter. Set it to your key.")
         if not self._key and endpoint is None:
             raise ValueError("OPENAI_API_KEY is not set. Set it to your key, or name an endpoint that needs "
                              "none, such as a local server: --endpoint http://localhost:8000/v1")
@@ -142,6 +148,7 @@ class LLMJudge:
         self._settings = {"temperature": 0, "max_completion_tokens": 1000} if settings is None else settings
         self._client = openai.OpenAI(api_key=self._key or "none", base_url=endpoint, timeout=timeout,
                                      max_retries=retries)
+        self._address = self._shown(self._client.base_url)
         self._answers = _kept(self._cache)
         self.asked, self.kept, self.tokens, self.failures = 0, 0, [0, 0], Counter()
 
@@ -172,7 +179,8 @@ class LLMJudge:
 
     def _ask(self, questions: list[str], read: Callable) -> list:
         """What the answer to each question says, as `read` reads it; a string says why there is none."""
-        hashed = [json.dumps([self.model, self._settings, question]).encode() for question in questions]
+        asked = [self._address, self.model, self._settings]
+        hashed = [json.dumps([*asked, question]).encode() for question in questions]
         keys = [hashlib.sha256(text).hexdigest() for text in hashed]
         unanswered = {key: question for key, question in zip(keys, questions) if key not in self._answers}
         self.kept += len(set(keys)) - len(unanswered)
@@ -184,7 +192,7 @@ class LLMJudge:
                     failed[asked[future]] = failure
                 answered = self.asked - self.failures.total() + self.failures[UNREADABLE]
                 if len(failed) >= HOPELESS and not answered:
-                    raise ValueError(f"{len(failed)} requests to {self._client.base_url} and not one answer: "
+                    raise ValueError(f"{len(failed)} requests to {self._address} and not one answer: "
                                      f"{failure}")
         finally:
             pool.shutdown(cancel_futures=True)  # what is under way is still kept
@@ -214,7 +222,8 @@ class LLMJudge:
             create = self._client.chat.completions.create
             reply = create(model=self.model, messages=messages, **self._settings)
             answer, end = reply.choices[0].message.content or "", reply.choices[0].finish_reason
-            tokens = (reply.usage.prompt_tokens, reply.usage.completion_tokens) if reply.usage else (0, 0)
+            said = [getattr(reply.usage, name, 0) for name in ("prompt_tokens", "completion_tokens")]
+            tokens = tuple(count if isinstance(count, int) else 0 for count in said)  # not all servers count
             return self._shown(answer), tokens, "answer longer than its limit" if end == "length" else None
         except openai.APITimeoutError:
             return *nothing, "time-out"
@@ -228,9 +237,9 @@ class LLMJudge:
             if status not in what_lasts:
                 return *nothing, f"HTTP {status}: {said}"
             lasting = what_lasts[status]
-        except (openai.APIError, ValueError, AttributeError, IndexError, TypeError):
+        except (openai.APIError, ValueError, AttributeError, IndexError, TypeError, RecursionError):
             return *nothing, "a reply that is no chat completion"
-        raise ValueError(f"{self._client.base_url} {lasting}. What was answered is kept: "
+        raise ValueError(f"{self._address} {lasting}. What was answered is kept: "
                          "the same command goes on.") from None
 
     def _shown(self, text) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .data import NAMES
+from .json_lines import read_rows, write_rows
 from .models import this_process
 from .plot_style import COLORS, INK, new_figure, png, style_axes
 from .recipe import Recipe
@@ -54,7 +55,8 @@ def split_gaps(gaps: Sequence[float], *, gamma: float | None = None,
 
     gaps: r(chosen) - r(rejected), (pairs,). ValueError unless one of the two is given and leaves both kinds.
     """
-    _check_threshold(gamma, easy_fraction)
+    for problem in _threshold_problems(gamma, easy_fraction):
+        raise ValueError(problem)
     sizes = np.abs(np.asarray(gaps, dtype=float))
     gamma = np.quantile(sizes, 1 - easy_fraction) if gamma is None else gamma
     easy = sizes > gamma
@@ -74,14 +76,14 @@ def stage_1_labels(gaps: Sequence[float], part: Sequence[bool], wrong_sign: str)
     return np.where(part, np.where(np.asarray(gaps) < 0, what, "kept"), "")
 
 
-def _check_threshold(gamma, easy_fraction) -> None:
+def _threshold_problems(gamma, easy_fraction) -> Iterator[str]:
     if (gamma is None) == (easy_fraction is None):
-        raise ValueError(f"gamma={gamma} and easy_fraction={easy_fraction}: give one of them; gamma is a gap "
-                         "in units of reward, easy_fraction the share of pairs whose gap is larger.")
-    if easy_fraction is None and not (isinstance(gamma, Real) and 0 <= gamma < math.inf):
-        raise ValueError(f"gamma={gamma}: it is the size of a gap, a number >= 0.")
-    if gamma is None and not (isinstance(easy_fraction, Real) and 0 < easy_fraction < 1):
-        raise ValueError(f"easy_fraction={easy_fraction} is no share of pairs: it lies between 0 and 1.")
+        yield (f"gamma={gamma} and easy_fraction={easy_fraction}: give one of them; gamma is a gap in units "
+               "of reward, easy_fraction the share of pairs whose gap is larger.")
+    elif easy_fraction is None and not (isinstance(gamma, Real) and 0 <= gamma < math.inf):
+        yield f"gamma={gamma}: it is the size of a gap, a number >= 0."
+    elif gamma is None and not (isinstance(easy_fraction, Real) and 0 < easy_fraction < 1):
+        yield f"easy_fraction={easy_fraction} is no share of pairs: it lies between 0 and 1."
 
 
 def folds_of(prompts: Sequence, seed: int) -> np.ndarray:
@@ -129,19 +131,17 @@ class MPORun:
 def train_mpo(recipe: str | os.PathLike | Mapping, *, stop=None, **overrides: Any) -> MPORun:
     """The whole of MPO: reward models, split, stage 1, reward model, stage 2. Returns the `MPORun`.
 
-    recipe: a shipped name (little-tldr-mpo), a YAML file, a mapping, or the directory of an MPO run, to go on
-    with it (`resume=True`). Its settings are those of `Recipe` for all runs in it, or with `reward.`, `easy.`
-    or `ppo.` in front for those runs alone; and `gamma` or `easy_fraction` (see `split_gaps`), `wrong_sign`:
-    what becomes of a pair of stage 1 whose rejected completion has the higher reward (keep, drop, or flip its
-    label), and `swap`: stage 1 on the hard pairs, stage 2 on the easy ones' prompts. overrides: any of these;
-    `easy={"beta": 0.1}` is `easy.beta`. stop: as for `train`. Errors are ValueErrors, before training if they
-    can be.
+    recipe: a shipped name (little-tldr-mpo), a YAML file, a mapping, or an MPO run's directory, to go on with
+    it (`resume=True`). Its settings are those of `Recipe` for all runs, or with `reward.`, `easy.` or `ppo.`
+    in front for those alone; `gamma` or `easy_fraction` (see `split_gaps`); `wrong_sign`: what becomes of a
+    pair of stage 1 whose rejected completion has the higher reward (keep, drop, or flip its label); `swap`:
+    stage 1 on the hard pairs, stage 2 on the easy ones' prompts. overrides: any of these; `easy={"beta": 1}`
+    is `easy.beta`. stop: as for `train`. Errors are ValueErrors, before training if they can be.
     """
     if this_process().num_processes > 1:
         raise ValueError("MPO runs in one process, as PPO does. Start it without torchrun or accelerate.")
     settings = load_settings(recipe, overrides)
-    directory = Path(settings["output"]).resolve()
-    first = "hard" if settings["swap"] else "easy"
+    directory, first = Path(settings["output"]).resolve(), "hard" if settings["swap"] else "easy"
     for name in ("reward", first, "ppo"):
         stage_recipe(settings, directory, name)  # refuses what cannot be, now and not in an hour
     if not _resumes(directory, settings):
@@ -175,7 +175,8 @@ def load_settings(source: str | os.PathLike | Mapping, overrides: Mapping[str, A
         settings, title = read(stored if stored.is_file() else source)
         if stored.is_file():
             settings["output"] = str(source)  # it may have been moved since
-    settings, problems = OWN | _flat(settings) | _flat(overrides), []
+    settings, problems = _flat(settings) | _flat(overrides), []
+    settings = OWN | {key: value for key, value in settings.items() if value is not None or "." in key}
     if settings.pop("method", "mpo") != "mpo":
         problems.append("method is a setting of stage 1: say easy.method")
     world = settings.get("model") in WORLDS
@@ -191,15 +192,12 @@ def load_settings(source: str | os.PathLike | Mapping, overrides: Mapping[str, A
         problems.append(f"wrong_sign={settings['wrong_sign']}: must be one of {', '.join(WRONG_SIGN)}")
     if not isinstance(settings["swap"], bool):
         problems.append(f"swap={settings['swap']}: must be true or false")
-    for key in settings:
-        section, dot, own = key.partition(".")
-        if dot and (section not in SECTIONS or own in FIXED or (own == "method" and section != "easy")):
+    for key in [key for key in settings if "." in key]:
+        section, _, own = key.partition(".")
+        if section not in SECTIONS or own in FIXED or key in ("reward.method", "ppo.method", "ppo.model"):
             problems.append(f"{key}: there is no such setting; {', '.join(SECTIONS)} have those of a run, "
-                            "but data, output and the like are MPO's, and method is easy's alone")
-    try:
-        _check_threshold(settings["gamma"], settings["easy_fraction"])
-    except ValueError as error:
-        problems.append(str(error))
+                            "but data, output etc. are MPO's, method is easy's, ppo's model is stage 1's")
+    problems += _threshold_problems(settings["gamma"], settings["easy_fraction"])
     if problems:
         raise RecipeError(problems, title)
     return settings
@@ -255,28 +253,35 @@ def _follow(folder: Path) -> None:
 def _write_data(settings: Mapping[str, Any], directory: Path) -> None:
     """data/: held-out pairs, those of each fold, and all; last mpo.yaml, from which on it is a run."""
     common = {key: value for key, value in settings.items() if "." not in key and key not in (*OWN, "output")}
-    dataset, held_out, *_ = split_rows(Recipe.load(common | {"method": "reward"}))
+    recipe = Recipe.load(common | {"method": "reward"})
+    dataset, held_out, *_ = split_rows(recipe)
     if missing := set(PARTS) - set(dataset.column_names):
         raise ValueError(f"{settings['data']} has no column {', '.join(sorted(missing))}: MPO needs pairs.")
     rows = [row for row in dataset.select_columns(list(PARTS))
             if not unusable(row["prompt"], {side: row[side] for side in PARTS[1:]})]
-    order = np.random.default_rng(settings.get("seed", 0)).permutation(len(rows))
-    rows = [rows[i] for i in sorted(order[: settings.get("train_pairs")])]
-    folds = folds_of([row["prompt"] for row in rows], settings.get("seed", 0))
-    data = directory / "data"
-    _write(data / "held-out" / "test.jsonl", held_out.select_columns(list(PARTS)))
+    if (recipe.train_pairs or 0) > len(rows):
+        raise ValueError(f"train_pairs={recipe.train_pairs}, but there are only {len(rows)} pairs: lower it.")
+    order = np.random.default_rng(recipe.seed).permutation(len(rows))
+    rows = [rows[i] for i in sorted(order[: recipe.train_pairs])]
+    folds = folds_of([row["prompt"] for row in rows], recipe.seed)
+    data, sizes = directory / "data", dict(zip(("reward-a", "reward-b"), np.bincount(folds)))
+    if share := settings["easy_fraction"]:  # so it is known how many pairs will be easy
+        in_first = split_gaps(range(len(rows)), easy_fraction=share).easy != settings["swap"]
+        sizes |= {"easy": in_first.sum(), "ppo": (~in_first).sum()}
+    _check_sizes(settings, directory, sizes)
+    write_rows(data / "held-out" / "test.jsonl", held_out.select_columns(list(PARTS)))
     for fold, name in enumerate("ab"):
-        _write(data / f"fold-{name}.jsonl", [row for row, own in zip(rows, folds) if own == fold])
-    _write(data / "all.jsonl", rows)
+        write_rows(data / f"fold-{name}.jsonl", [row for row, own in zip(rows, folds) if own == fold])
+    write_rows(data / "all.jsonl", rows)
     _replace(directory / "mpo.yaml", dump({key: value for key, value in settings.items() if key != "output"}))
 
 
 def _split(settings: Mapping[str, Any], directory: Path) -> None:
     """split.jsonl, split.json, figures/gaps.png, and the data of both stages."""
-    data = directory / "data"
-    rows = [json.loads(line) for line in (data / "all.jsonl").read_text(encoding="utf-8").splitlines()]
+    data, rows = directory / "data", read_rows(directory / "data" / "all.jsonl")
     prompts, rewards = [row["prompt"] for row in rows], np.empty((2, len(rows)))
-    folds = folds_of(prompts, settings.get("seed", 0))
+    in_a = {json.dumps(row["prompt"]) for row in read_rows(data / "fold-a.jsonl")}
+    folds = np.array([json.dumps(prompt) not in in_a for prompt in prompts])
     for fold, name in enumerate("ba"):  # fold 0, a, is scored by the model of b
         mine, model = np.flatnonzero(folds == fold), RewardModel.load(directory / f"reward-{name}")
         for side, column in enumerate(("chosen", "rejected")):
@@ -285,12 +290,8 @@ def _split(settings: Mapping[str, Any], directory: Path) -> None:
     easy, gamma = split_gaps(gaps, gamma=settings["gamma"], easy_fraction=settings["easy_fraction"])
     wrong, in_first = gaps < 0, easy != settings["swap"]
     labels = stage_1_labels(gaps, in_first, settings["wrong_sign"])
-
-    def flipped(row: dict) -> dict:
-        return row | {"chosen": row["rejected"], "rejected": row["chosen"]}
-
-    first = [flipped(row) if label == "flipped" else row for row, label in zip(rows, labels)
-             if label in ("kept", "flipped")]
+    first = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} if label == "flipped" else row
+             for row, label in zip(rows, labels) if label in ("kept", "flipped")]
     second = list({json.dumps(row["prompt"]): row for row, one in zip(rows, in_first) if not one}.values())
     counts = {
         "pairs": len(rows), "gamma": gamma, "easy": int(easy.sum()), "hard": int((~easy).sum()),
@@ -298,22 +299,23 @@ def _split(settings: Mapping[str, Any], directory: Path) -> None:
         "stage 1": {"on": "hard" if settings["swap"] else "easy", "pairs": len(first),
                     "dropped": int((labels == "dropped").sum()), "flipped": int((labels == "flipped").sum())},
         "stage 2": {"on": "easy" if settings["swap"] else "hard", "prompts": len(second)}}
-    if not first:
-        raise ValueError(f"wrong_sign=drop leaves no pair for stage 1, of {int(in_first.sum())}: {counts}.")
+    print(f"\n=== split ===\n{json.dumps(counts, indent=1)}", flush=True)
+    _check_sizes(settings, directory, {"easy": len(first), "ppo": len(second)})
     table = pd.DataFrame({"fold": np.where(folds, "b", "a"), "chosen": rewards[0], "rejected": rewards[1],
                           "gap": gaps, "part": np.where(easy, "easy", "hard"), "label": labels})
-    _write(data / "stage-1.jsonl", first)
-    _write(data / "stage-2.jsonl", second)
-    _write(directory / "split.jsonl", table.to_dict("records"))
+    write_rows(data / "stage-1.jsonl", first)
+    write_rows(data / "stage-2.jsonl", second)
+    write_rows(directory / "split.jsonl", table.to_dict("records"))
     (directory / "figures").mkdir(exist_ok=True)
     (directory / "figures" / "gaps.png").write_bytes(png(gap_figure(gaps, gamma)))
-    print(f"\n=== split ===\n{json.dumps(counts, indent=1)}", flush=True)
     _replace(directory / "split.json", json.dumps(counts, indent=1))  # last: from now on there is a split
 
 
-def _write(path: Path, rows) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _check_sizes(settings: Mapping[str, Any], directory: Path, sizes: Mapping[str, int]) -> None:
+    """RecipeError if a stage has less than one batch of its pairs (ppo: prompts)."""
+    for name, size in sizes.items():
+        recipe = stage_recipe(settings, directory, name)
+        recipe.plan(int(size) * (2 if recipe.method == "kto" else 1))  # which makes two rows of a pair
 
 
 def _replace(path: Path, text: str) -> None:
@@ -324,9 +326,8 @@ def _replace(path: Path, text: str) -> None:
 
 def gap_figure(gaps: Sequence[float], gamma: float) -> Figure:
     """How large the gaps r(chosen) - r(rejected) are, and which pairs the threshold makes easy and hard."""
-    figure = new_figure(8.2, 4.3)
+    figure, xlabel = new_figure(8.2, 4.3), "r(chosen) − r(rejected), by a model that never saw the pair"
     ax = figure.subplots()
-    xlabel = "r(chosen) − r(rejected), by a model that never saw the pair"
     style_axes(ax, "Reward gaps of the training pairs", xlabel, "pairs")
     draw_gaps(ax, gaps, gamma)
     return figure
@@ -336,9 +337,8 @@ def draw_gaps(ax, gaps: Sequence[float], gamma: float) -> None:
     """The histogram of `gap_figure`, on axes that are there."""
     gaps = np.asarray(gaps, dtype=float)
     easy, wrong = np.abs(gaps) > gamma, gaps < 0
-    edges = np.linspace(*np.quantile(gaps, [0.001, 0.999]), 60)
+    below, edges = 0, np.linspace(*np.quantile(gaps, [0.001, 0.999]), 60)
     parts = {"hard": ~easy, "easy, right sign": easy & ~wrong, "easy, wrong sign": easy & wrong}
-    below = np.zeros(len(edges) - 1)
     for (name, mask), color in zip(parts.items(), ("initial", "fixed", "soft")):
         top = below + np.histogram(np.clip(gaps[mask], edges[0], edges[-1]), edges)[0]
         label = f"{name}: {mask.sum()} ({mask.mean():.0%})"
