@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 
-from .floor import matmul_rate, step_flops
+from .floor import step_flops
 from .measure import ALPHA, Job, run_alone
 from .sides import MODES, SPEED, TAU, WARMUP, Side, check, sides, speed_lines
 from .table import machine, table
@@ -45,19 +45,24 @@ LIMITS = ["pairs", "mode", "floor, s a step", "ours, s a step", "of the floor's 
           "of a step at tau 16", "at tau 64"]
 
 
-def limit_row(name: str, mode: str, flops: float, ours: Side, rate: float) -> list[str]:
-    """How near ours comes to the floor, and what the update of the reference costs; flops: of a step."""
-    seconds = statistics.median(result.seconds for result in ours.results)
-    update = statistics.median(result.update_seconds for result in ours.results)
-    return [name, mode, f"{flops / rate:.2g}", f"{seconds:.2g}", f"{flops / rate / seconds:.0%}",
-            f"{1000 * update:.1f}", f"{update / seconds / 16:.2%}", f"{update / seconds / 64:.2%}"]
+def limit_row(name: str, mode: str, flops: float, ours: Side) -> list[str]:
+    """How near ours comes to the floor, and what the update of the reference costs; flops: of a step.
+
+    Each run has a floor of its own, by the rate that its process found.
+    """
+    floors, seconds, updates = zip(*((flops / result.rate, result.seconds, result.update_seconds)
+                                     for result in ours.results))
+    shares = [floor / second for floor, second in zip(floors, seconds)]
+    floor, second, update, share = map(statistics.median, (floors, seconds, updates, shares))
+    return [name, mode, f"{floor:.2g}", f"{second:.2g}", f"{share:.0%} ({min(shares):.0%}-{max(shares):.0%})",
+            f"{1000 * update:.1f}", f"{update / second / 16:.2%}", f"{update / second / 64:.2%}"]
 
 
 def report(shapes, modes, *, repeats: int, steps: int, threads: int, markdown: bool) -> str:
     """Everything that was asked for, measured; the text to print."""
     from transformers import AutoConfig
 
-    speed, ours, notes, rate = [], [], [], 0.0
+    speed, limits, notes, rates = [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for name in shapes:
             try:
@@ -66,8 +71,6 @@ def report(shapes, modes, *, repeats: int, steps: int, threads: int, markdown: b
                 notes.append(f"{name} is left out: {error}.")
                 continue
             config = AutoConfig.from_pretrained(work.model)
-            tokens = sum(len(ids) for row in work.rows[: work.micro or work.pairs] for ids in row.values())
-            rate = max(rate, matmul_rate(config, tokens, threads))
             timed = in_order_of_training(work.rows, WARMUP + steps, work.pairs)[WARMUP * work.pairs :]
             for mode in modes or (MODES if name == "tldr" else ["full"]):
                 if mode == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
@@ -77,8 +80,8 @@ def report(shapes, modes, *, repeats: int, steps: int, threads: int, markdown: b
                 speed += speed_lines(work, mode, rows)
                 if mode != "bf16":  # the floor is one of float32 products
                     tuning = rows[0].job.get("tuning", "full")
-                    ours.append((name, mode, step_flops(timed, config, tuning) / steps, rows[0]))
-    limits = [limit_row(*row, rate) for row in ours]
+                    limits.append(limit_row(name, mode, step_flops(timed, config, tuning) / steps, rows[0]))
+                    rates += [result.rate / 1e9 for result in rows[0].results]
     command = " ".join(["python -m benchmarks.against_trl", *sys.argv[1:]])
     return "\n".join([
         f"`{command}`" if markdown else command, "", machine(), "",
@@ -86,7 +89,8 @@ def report(shapes, modes, *, repeats: int, steps: int, threads: int, markdown: b
         f"the reference moves by {ALPHA} every {TAU} steps.",
         "Modes: " + "; ".join(f"{mode}: {text}" for mode, text in MODES.items()) + ".", "",
         table(SPEED, speed, left=3, markdown=markdown), "",
-        f"The floor is float32 products at {rate / 1e9:.0f} GFLOP/s, the best rate measured in this run.", "",
+        f"The floor is float32 products at {min(rates, default=0):.0f} to {max(rates, default=0):.0f} "
+        "GFLOP/s, the best rate in each process, right after its steps.", "",
         table(LIMITS, limits, left=2, markdown=markdown), *notes])
 
 

@@ -1,5 +1,8 @@
 """The least time that an optimizer step can take here: its matrix products at the fastest rate measured.
 
+The rate is taken in the process whose steps are measured, right after them: what else goes on in the machine
+slows both.
+
 Counted are the products that no exact method avoids: each token of `[prompt | chosen | rejected]` once
 through the blocks, the vocabulary only where a completion token is predicted, and the attention that the
 shared prompt leaves. A pass forward counts once, a gradient for inputs once and for weights once: 3 for a
@@ -31,15 +34,14 @@ def step_flops(rows: list[dict], config, tuning: str = "full") -> float:
     return products * (4 if tuning == "full" else 3) + attention * 4
 
 
-def matmul_rate(config, tokens: int, threads: int, repeats: int = 5) -> float:
+def matmul_rate(config, tokens: int, repeats: int = 5) -> float:
     """Operations a second: the best of square float32 products and of the model's own shapes."""
     import torch
 
     h, inner = config.hidden_size, config.intermediate_size
     shapes = [(n, n, n) for n in (512, 1024, 2048)]
     shapes += [(tokens, h, 3 * h), (tokens, h, inner), (tokens, inner, h), (tokens, h, config.vocab_size)]
-    before, best = torch.get_num_threads(), 0.0
-    torch.set_num_threads(threads)
+    best = 0.0
     for m, k, n in shapes:
         a, b = torch.rand(m, k), torch.rand(k, n)
         out = a @ b
@@ -47,5 +49,4 @@ def matmul_rate(config, tokens: int, threads: int, repeats: int = 5) -> float:
             start = time.perf_counter()
             torch.mm(a, b, out=out)
             best = max(best, 2 * m * k * n / (time.perf_counter() - start))
-    torch.set_num_threads(before)
     return best

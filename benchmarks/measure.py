@@ -26,6 +26,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from .floor import matmul_rate
 from .workload import as_texts, in_order_of_training, number_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,6 +61,7 @@ class Result:
     logps: tuple[float, float]
     moved: float | None = None  # mean absolute change of the head of a reference with weights of its own
     update_seconds: float | None = None  # of one update of the reference
+    rate: float | None = None  # of matrix products, operations a second, right after the steps
 
 
 def run_alone(job: Job, threads: int) -> Result:
@@ -244,7 +246,13 @@ def main() -> None:
     import tralign_mini.models
     import tralign_mini.train  # noqa: F401
 
-    result = measure(Job(**json.loads(job_file.read_text())))
+    job = Job(**json.loads(job_file.read_text()))
+    result = measure(job)
+    if job.side == "ours":
+        micro_batch = job.rows[: job.micro_batch_size or job.batch_size]
+        tokens = sum(len(ids) for row in micro_batch for ids in row.values())
+        rate = matmul_rate(AutoConfig.from_pretrained(job.model), tokens)
+        result = dataclasses.replace(result, rate=rate)
     result_file.write_text(json.dumps(dataclasses.asdict(result)))
 
 

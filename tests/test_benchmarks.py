@@ -165,7 +165,7 @@ def test_the_rate_is_the_best_product(monkeypatch):
     config = SimpleNamespace(hidden_size=8, intermediate_size=16, vocab_size=2048)
     clock = iter(range(10**6))
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))  # every product takes a second
-    assert matmul_rate(config, tokens=4, threads=1, repeats=1) == 2 * 2048**3
+    assert matmul_rate(config, tokens=4, repeats=1) == 2 * 2048**3
 
 
 # ---------------------------------------------------------------- the tables
@@ -198,7 +198,7 @@ def fake_measurements(monkeypatch, module, name):
     def fake(job, threads=1):
         jobs.append(job)
         n = 1 if job.side == "ours" else 2
-        return measure.Result(n, n * 2**30, [0.7] * job.steps, (-5.0, -6.0), 1e-3, 0.16)
+        return measure.Result(n, n * 2**30, [0.7] * job.steps, (-5.0, -6.0), 1e-3, 0.16, 1e12 * len(jobs))
 
     monkeypatch.setattr(module, name, fake)
     return jobs
@@ -206,13 +206,20 @@ def fake_measurements(monkeypatch, module, name):
 
 def test_sides_take_turns_and_all_numbers_reach_the_table(monkeypatch):
     jobs = fake_measurements(monkeypatch, against_trl, "run_alone")
-    monkeypatch.setattr(against_trl, "matmul_rate", lambda *arguments: 1e12)
     text = against_trl.report(["little-tldr"], ["full"], repeats=2, steps=2, threads=1, markdown=False)
     assert [job.side for job in jobs] == ["ours", "trl", "trl-default", "trl", "ours"]
     assert all((job.tau, job.steps, job.batch_size, job.tuning) == (2, 3, 64, "full") for job in jobs)
     rows = [line.split() for line in text.splitlines()]
     assert ["full", "TRL", "32"] in [row[1:4] for row in rows] and "2.00x (2.00-2.00)" in text
     assert [row for row in rows if row[-3:] == ["160.0", "1.00%", "0.25%"]]  # an update, at tau 16 and 64
+
+
+def test_each_run_has_a_floor_of_its_own():
+    """On a machine that gets slower its products do, too: 100 operations at 50, 25 and 40 a second."""
+    results = [measure.Result(seconds, 1, [0.7], (0, 0), None, 0.1, rate)
+               for seconds, rate in ((4.0, 50.0), (8.0, 25.0), (3.125, 40.0))]
+    row = against_trl.limit_row("x", "full", 100, sides.Side("ours", {}, results=results))
+    assert row[:5] == ["x", "full", "2.5", "4", "50% (50%-80%)"]
 
 
 def test_both_sides_cut_a_step_into_the_same_micro_batches(monkeypatch):

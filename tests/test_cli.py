@@ -8,6 +8,8 @@ import re
 import shutil
 import sys
 import types
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,7 +277,7 @@ def test_chat_shows_three_answers_and_the_log_ratio(run, monkeypatch):
     shown = console.file.getvalue()
     for who in ("initial", "policy", "reference"):
         assert shown.count(f"{who} (") == 2  # one panel for each of the two prompts
-    assert shown.count("nats") == 6
+    assert shown.count("nats)") == 6
 
 
 def test_a_typed_line_becomes_a_message_where_the_run_was_trained_on_messages(monkeypatch):
@@ -351,6 +353,18 @@ def test_doctor_says_whether_a_recipe_fits(place, monkeypatch, capsys):
     code, out, _ = tralign(monkeypatch, capsys, *arguments)
     assert code == 1 and "it does not fit" in out and "Nothing of this is enough" in out
     assert re.search(r"\d+ MiB  micro_batch_size=1\b", out)
+
+
+def test_the_help_of_train_names_the_shipped_recipes(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = tralign(monkeypatch, capsys, "train", "--help")
+    names = [file.stem for file in Path(cli.__file__).with_name("recipes").iterdir()]
+    assert code == 0 and len(names) > 10 and all(name in out for name in names if not name.endswith("-mpo"))
+
+
+def test_the_version(monkeypatch, capsys):
+    code, out, _ = tralign(monkeypatch, capsys, "--version")
+    assert (code, out.strip()) == (0, f"tralign_mini {version('tralign_mini')}")
 
 
 def test_help_names_every_command(monkeypatch, capsys):

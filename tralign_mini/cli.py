@@ -21,13 +21,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from . import __version__
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
 SETTINGS = ("method", "reference", "alpha", "tau", "beta", "seed", "steps")
 RESULTS = ("gold", "win rate", "KL to initial")
 EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)  # what a wrong argument raises
 Runs = Annotated[list[Path], typer.Argument(help="directories of runs")]
-RecipeName = Annotated[str, typer.Argument(help="a shipped recipe, a YAML file, or a run's directory")]
+SHIPPED = sorted(file.stem for file in Path(__file__).with_name("recipes").glob("*.yaml"))
+RecipeName = Annotated[str, typer.Argument(
+    help=f"a shipped recipe, a YAML file, or a run's directory. Shipped: {', '.join(SHIPPED)}")]
 Settings = Annotated[list[str] | None, typer.Argument(help="settings of the recipe: key=value, as tau=16")]
 
 
@@ -45,6 +49,13 @@ def main() -> None:
             raise
         Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
         sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="print it and leave")] = False) -> None:
+    if version:
+        _say(f"tralign_mini {__version__}")
+        raise typer.Exit
 
 
 @app.command()

@@ -104,7 +104,7 @@ def explain(error: ValidationError, fields: Mapping[str, Any]) -> list[str]:
         if kind == "missing":
             reason = f"{key} is missing"
         elif kind == "literal_error":
-            choices = get_args(fields[key].annotation)
+            choices = get_args(fields[key].annotation) + ("ppo",) * (key == "method")  # by another class
             reason = f"{key}={value}: must be one of {', '.join(choices)}{_nearest(str(value), choices)}"
         else:
             message = re.sub(r"^(Value error, |Input |String )", "", problem["msg"]).split(", unable to ")[0]

@@ -94,9 +94,9 @@ class Record:
         """What has to be known before any number is read."""
         found = []
         if self.moves and self.updates < 2:
-            times = "never moved" if self.updates == 0 else "moved only once"
+            times, nearly = ("moved only once", "nearly ") if self.updates else ("never moved", "")
             found.append(f"The reference {times} in {self.steps} steps (tau={self.recipe['tau']}): this is "
-                         f"nearly plain {self.recipe['method'].upper()} and says little about a moving one.")
+                         f"{nearly}plain {self.recipe['method'].upper()} and says little about a moving one.")
         if not self.samples and self.recipe["method"] != "reward":  # which writes no texts
             found.append("There is no samples.jsonl: the run was stopped before its end, or never evaluated.")
         return found
