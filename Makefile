@@ -2,7 +2,7 @@
 # make test       the tests              make test-long   those that take minutes
 # make lab        JupyterLab             make clean       removes .venv and caches
 # make notebooks  executes all notebooks at full scale and stores their outputs (10 minutes)
-# make bench      speed and memory beside TRL's, on a machine that does nothing else (25 minutes)
+# make bench      speed and memory beside TRL's, on a machine that does nothing else (35 minutes)
 # A second call installs nothing, unless pyproject.toml or constraints.txt changed.
 
 PIP = .venv/bin/python -m pip --disable-pip-version-check

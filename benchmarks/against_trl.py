@@ -1,6 +1,6 @@
 """Ours and TRL's DPOTrainer on the same weights, pairs, batches and optimizer, in turns, on the CPU.
 
-    python -m benchmarks.against_trl                    # everything: about 25 minutes on two cores
+    python -m benchmarks.against_trl                    # everything: about 35 minutes on two cores
     python -m benchmarks.against_trl --shapes tldr hh --modes full
     python -m benchmarks.against_trl --markdown         # the tables as benchmarks/README.md has them
 

