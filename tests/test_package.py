@@ -115,6 +115,20 @@ def test_the_refusal_of_the_network_works(python, elsewhere):
     assert result.returncode == 1 and "RuntimeError: network call" in result.stderr
 
 
+@pytest.mark.parametrize("arguments", [["taw=16"], ["tau=none", "alpha=2"]])
+def test_a_wrong_setting_is_refused_before_torch_is_loaded(python, elsewhere, arguments):
+    code = f"""
+import sys
+from tralign_mini import cli
+sys.argv = ["tralign", "train", "little-tldr", *{arguments}]
+try:
+    cli.main()
+except SystemExit as exit:
+    print(exit.code, 'torch' in sys.modules)
+"""
+    assert run(python, "-c", code, **elsewhere).splitlines()[-1] == "2 False"
+
+
 def test_import_is_light(python, elsewhere):
     code = """
 import sys, time

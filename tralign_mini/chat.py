@@ -24,7 +24,7 @@ def converse(directory: Path, temperature: float, console: Console) -> None:
     chat, examples = any(isinstance(prompt, list) for prompt in prompts), iter(prompts)
     run.policy.eval()  # loads it before the first question
     console.print("A prompt (\\n for a new line), 'example' for a held-out one, or an empty line to leave.\n"
-                  "In brackets: by how much the policy makes this answer likelier than the initial one, in nats.")
+                  "In brackets: log policy - log initial policy of the answer, in nats.")
     seed = 0
     while (typed := _ask(console)) not in QUIT:
         if typed == "example":

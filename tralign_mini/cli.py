@@ -71,9 +71,10 @@ def demo(output: Annotated[Path, typer.Option(help="folder for the three runs")]
 @app.command()
 def train(recipe: RecipeName, settings: Settings = None) -> None:
     """Train one policy; the reference, the data and everything else come from the recipe."""
-    from .recipe import parse_overrides
+    from .recipe import Recipe, parse_overrides
 
-    overrides = parse_overrides(settings or [])  # a typing error is refused before torch is loaded
+    overrides = parse_overrides(settings or [])
+    Recipe.load(recipe, **overrides)  # what cannot be is refused before torch is loaded
     from .runs import train as train_run
 
     with _until_stopped() as stop:
