@@ -331,7 +331,8 @@ def test_ppo_beside_dpo(tmp_path):
         assert any("also differ in learning_rate:" in note for note in comparison.notes)
         betas = dict(zip(comparison.table["run"], comparison.table["beta"]))
         assert betas["dpo"] == 0.05 and np.isnan(betas["ppo"])
-    assert "20 iterations of 64, little-tldr" in report(ppo).read_text()
+    text = report(ppo).read_text()
+    assert "20 iterations of 64, little-tldr" in text and "KL and tokens: as measured when training" in text
 
 
 def test_other_settings_that_differ_are_named(tmp_path):

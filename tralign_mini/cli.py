@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
+from .recipe_file import shipped_recipes
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -29,9 +30,8 @@ SETTINGS = ("method", "reference", "alpha", "tau", "beta", "seed", "steps")
 RESULTS = ("gold", "win rate", "KL to initial")
 EXPECTED = (ValueError, OSError, FloatingPointError, ImportError)  # what a wrong argument raises
 Runs = Annotated[list[Path], typer.Argument(help="directories of runs")]
-SHIPPED = sorted(file.stem for file in Path(__file__).with_name("recipes").glob("*.yaml"))
 RecipeName = Annotated[str, typer.Argument(
-    help=f"a shipped recipe, a YAML file, or a run's directory. Shipped: {', '.join(SHIPPED)}")]
+    help=f"a shipped recipe, a YAML file, or a run's directory. Shipped: {', '.join(shipped_recipes())}")]
 Settings = Annotated[list[str] | None, typer.Argument(help="settings of the recipe: key=value, as tau=16")]
 
 

@@ -138,8 +138,8 @@ def _notes(table: pd.DataFrame, named: dict[str, Record], shared: dict | None) -
     notes = [f"One seed a row, {prompts} prompts. {pages.CAVEAT}"]
     if table["gold"].isna().all():
         notes.append(pages.NO_GOLD)
-    both = [key for key in records[0].recipe if all(key in record.recipe for record in records)]
-    others = [key for key in both if key not in SAME_TASK + IN_THE_TABLE + NO_EFFECT]
+    common = [key for key in records[0].recipe if all(key in record.recipe for record in records)]
+    others = [key for key in common if key not in SAME_TASK + IN_THE_TABLE + NO_EFFECT]
     others = ", ".join(key for key in others if len(_values(records, key)) > 1)
     if others:
         notes.append(f"The runs also differ in {others}: a difference between them may be due to that.")

@@ -67,7 +67,5 @@ def _result(record: Record, sides: dict[str, Side]) -> list[str]:
     recipe, prompts = record.recipe, f"{len(record.samples)} prompts"
     steps = "iterations" if recipe["method"] == "ppo" else "optimizer steps"
     scale = f"{record.steps} {steps} of {recipe['batch_size']}, {escape(recipe['model'])}"
-    text += [f"One seed ({recipe['seed']}), {prompts}, {scale}. {pages.CAVEAT}"]
-    if len(record.samples) not in (0, recipe["eval_prompts"]):
-        text.append(f"KL and tokens are of {recipe['eval_prompts']} prompts, when training ended.")
-    return text
+    return text + [f"One seed ({recipe['seed']}), {prompts}, {scale}. {pages.CAVEAT} KL and tokens: as "
+                   "measured when training ended."]
