@@ -1,4 +1,4 @@
-"""Attention group by group: the same numbers and gradients as with the mask, and less of it computed."""
+"""Attention piece by piece: the same numbers and gradients as with the mask, and less of it computed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from tralign_mini import attention
 from tralign_mini.data import collate
 from tralign_mini.logprobs import completion_logps, plain_completion_logps
-from tralign_mini.packing import fill, lay_out
+from tralign_mini.packing import fill, group_length, lay_out
 from tralign_mini.sharing import row_limit
 
 model_of = functools.cache(lambda family, **config: build(family, attn_implementation="sdpa", **config))
@@ -32,73 +32,78 @@ with_a_patch = settings(max_examples=6, suppress_health_check=[HealthCheck.funct
 
 
 @pytest.fixture
-def rows_seen(monkeypatch):
-    """Group by group in tiny models, too; the groups of each row that was attended to that way."""
+def seen(monkeypatch):
+    """Piece by piece in tiny models, too; (queries, keys) of each piece that was attended to that way."""
     monkeypatch.setattr(attention, "LEAST_WIDTH", 0)
-    seen, in_row = [], attention._attend_in_row
+    monkeypatch.setattr(attention, "PIECE", 5)
+    seen, sdpa = [], attention.sdpa_attention_forward
 
-    def spy(module, query, key, value, mask, groups, **options):
-        seen.append(groups)
-        return in_row(module, query, key, value, mask, groups, **options)
+    def spy(module, query, key, value, mask, **options):
+        if mask is not None:  # it is where one token is tried (logprobs._is_all_there_is)
+            seen.append((query.shape[2], key.shape[2]))
+        return sdpa(module, query, key, value, mask, **options)
 
-    monkeypatch.setattr(attention, "_attend_in_row", spy)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", spy)
     return seen
 
 
 @each_family
 @with_a_patch
 @given(groups=groups, rows=st.integers(1, 4), pad=st.integers(0, 63))
-def test_equal_to_whole_sequences_in_value_and_gradient(rows_seen, family, groups, rows, pad):
+def test_equal_to_whole_sequences_in_value_and_gradient(seen, family, groups, rows, pad):
     model = model_of(family)
     bins = [list(range(row, len(groups), rows)) for row in range(min(rows, len(groups)))]
-    rows_seen.clear()
+    seen.clear()
     found = completion_logps(model, lay_out(groups, pad, bins))
-    sizes = [[(len(groups[i][0]), sum(map(len, [groups[i][0], *groups[i][1]]))) for i in row] for row in bins]
-    assert rows_seen == sizes * 2  # in both layers
+    assert sum(queries for queries, _ in seen) == 2 * sum(map(group_length, groups))  # in both layers
+    assert max(seen)[0] <= 5
     expected = plain_completion_logps(model, collate(sequences_of(groups), 0))
     torch.testing.assert_close(found, expected, rtol=3e-7, atol=1e-5)
     if expected.abs().max() > 0:
         assert_same_gradients(gradients_of(model, weighted(found)), gradients_of(model, weighted(expected)))
 
 
-def test_with_gradient_checkpointing(rows_seen):
+def test_with_gradient_checkpointing(seen):
     groups, model = random_groups(5), build("GPTNeoX", attn_implementation="sdpa")
     batch = lay_out(groups, 0, [[0, 3], [1, 2, 4]])
     expected = gradients_of(model, weighted(completion_logps(model, batch)))
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    rows_seen.clear()
+    forward = seen.copy()
+    seen.clear()
     found = gradients_of(model, weighted(completion_logps(model, batch)))
     assert_same_gradients(found, expected)
-    assert len(rows_seen) == 2 * 2 * 2  # rows, layers, forward and again for the gradient
+    assert sorted(seen) == sorted(forward + forward)  # again for the gradient
 
 
-def test_a_prompt_alone_and_empty_completions(rows_seen):
+def test_a_prompt_alone_and_empty_completions(seen):
     groups = [([3, 4], [[], []]), ([5], [[6], []]), ([7, 8, 9], [[], [10, 11]])]
     model = model_of("Llama")
     expected = plain_completion_logps(model, collate(sequences_of(groups), 0))
     torch.testing.assert_close(completion_logps(model, lay_out(groups, 0, [[0, 1, 2]])), expected)
 
 
-def test_what_the_mask_rules_out_is_not_computed(rows_seen, monkeypatch):
-    scores, sdpa = [], attention.sdpa_attention_forward
-
-    def counted(module, query, key, value, mask, **options):
-        scores.append((query.shape[2] * key.shape[2], mask is None))
-        return sdpa(module, query, key, value, mask, **options)
-
-    monkeypatch.setattr(attention, "sdpa_attention_forward", counted)
-    groups = [([3] * 9, [[4] * 2, [5] * 3]), ([6] * 5, [[7], [8] * 2])]
+def test_what_the_mask_rules_out_is_not_computed(seen):
+    groups = [([3] * 9, [[4] * 2, [5] * 3]), ([6] * 5, [[7], [8] * 2])]  # 14 and 8 tokens
     completion_logps(model_of("GPTNeoX"), lay_out(groups, 0, [[0, 1]]))
-    assert scores == [(9 * 9, True), (5 * 14, False), (5 * 5, True), (3 * 8, False)] * 2
+    assert seen == [(4, 4), (5, 9), (5, 14), (4, 4), (4, 8)] * 2  # not 22 of 22
 
 
-def test_masks_that_know_no_groups_are_used_as_they_are(rows_seen):
+def test_windows_that_overlap_add_their_gradients():
+    tensor = torch.arange(6.0).view(1, 1, 6, 1).requires_grad_()
+    first, second = attention._Windows.apply(tensor, [(0, 0, 2), (0, 0, 5)])
+    assert first.flatten().tolist() == [0, 1] and second.flatten().tolist() == [0, 1, 2, 3, 4]
+    (first.sum() + 10 * second.sum()).backward()
+    assert tensor.grad.flatten().tolist() == [11, 11, 10, 10, 10, 0]
+
+
+def test_masks_that_know_no_groups_are_used_as_they_are(seen):
     batch = lay_out(random_groups(3), 0, [[0, 1, 2]])
     found = completion_logps(model_of("GPTNeoX"), batch)
-    rows_seen.clear()
+    seen.clear()
+    width = batch["input_ids"].shape[1]
     del batch["spans"]
     torch.testing.assert_close(completion_logps(model_of("GPTNeoX"), batch), found)
-    assert not rows_seen
+    assert seen == [(width, width)] * 2
 
 
 def test_where_it_is_used():
@@ -112,7 +117,7 @@ def test_where_it_is_used():
     assert not attention.by_group(model)
 
 
-def test_rows_are_long_and_hold_little_padding(rows_seen):
+def test_rows_are_long_and_hold_little_padding(seen):
     assert row_limit(model_of("GPTNeoX"), random_groups(4), 0) == 2048
     assert fill([400, 480, 350, 500], 0, 2048) == [[0, 1, 2, 3]]
     assert sorted(fill([400, 480, 350, 500], 0, 900)) == [[0, 1], [2, 3]]

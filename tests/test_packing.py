@@ -34,7 +34,7 @@ def test_two_pairs_one_behind_the_other():
         "target": [[10, 11, 0], [20, 0, 0], [12, 0, 0], [21, 22, 23]],
         "counted": [[True, True, False], [True, False, False], [True, False, False], [True, True, True]],
         "last": [4, 7, 5, 10],
-        "spans": [[0, 3, 6], [0, 1, 5]],
+        "spans": [[0, 6], [0, 5]],
     }
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
 
@@ -50,7 +50,7 @@ def test_two_pairs_in_a_row_each():
         "target": [[10, 11, 0], [20, 0, 0], [12, 0, 0], [21, 22, 23]],
         "counted": [[True, True, False], [True, False, False], [True, False, False], [True, True, True]],
         "last": [10, 1, 11, 4],
-        "spans": [[0, 1, 5], [1, 3, 6]],
+        "spans": [[0, 5], [1, 6]],
     }
     assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
     assert batch["input_ids"].dtype == batch["source"].dtype == torch.int64

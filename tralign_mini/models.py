@@ -7,8 +7,6 @@ instead.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
@@ -249,18 +247,3 @@ def loading(name: str):
     finally:
         for library, verbosity in before:
             library.set_verbosity(verbosity)
-
-
-def keep_freed_memory() -> None:
-    """On Linux: let the C library keep the memory of freed tensors for the next ones, up to 1 GiB each.
-
-    Else each large tensor goes back to the system and the next one comes page by page, filled with zeros: 7 %
-    of a step of 70 M parameters on two cores. It costs memory where the next step's tensors have other sizes
-    (`rehearsal.HOLES`). What loading and checking have left is given back first.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # not in musl
-    if mallopt is not None:
-        ctypes.CDLL(None).malloc_trim(0)
-        trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
-        mallopt(mmap_threshold, 2**30)
-        mallopt(trim_threshold, 2**31 - 1)

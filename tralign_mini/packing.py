@@ -35,7 +35,7 @@ def lay_out(groups: Sequence[Group], pad_token_id: int, bins: list[list[int]]) -
         branch                      (rows, L) 0 on a prompt, 1 ... k on its completions
         source, target, counted     (k groups, C): flat position that predicts, token, False on padding
         last                        (k groups,) flat position of the last token
-        spans                       (groups, 3) row, tokens of the prompt, of all; in the order of the rows
+        spans                       (groups, 2) row, tokens; in the order of the rows
 
     ValueError for an empty prompt: nothing would predict the first token.
     """
@@ -58,7 +58,7 @@ def lay_out(groups: Sequence[Group], pad_token_id: int, bins: list[list[int]]) -
                                  "Give every prompt at least one (BOS or EOS if it is empty).")
             end, last = start + lengths[index], start + len(prompt) - 1
             owners[row, start:end] = index
-            spans.append((row, len(prompt), lengths[index]))
+            spans.append((row, lengths[index]))
             parts = [(0, prompt, 0), *((k, ids, len(prompt)) for k, ids in enumerate(answers, 1))]
             at = start
             for k, ids, first_position in parts:

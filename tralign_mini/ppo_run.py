@@ -33,7 +33,8 @@ from .checkpoint import (
     write_seal,
 )
 from .evaluate import Evaluator, write_samples
-from .models import compute_dtype, keep_freed_memory, load_policy, load_tokenizer, this_process
+from .heap import keep_freed_memory
+from .models import compute_dtype, load_policy, load_tokenizer, this_process
 from .ppo import PPO, Rollout
 from .ppo_models import trained_parameters, value_and_score
 from .ppo_recipe import PPORecipe
@@ -124,7 +125,7 @@ class PPORun:
         precision = "bf16" if compute_dtype(recipe) is torch.bfloat16 else "no"
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
         if self.accelerator.device.type == "cpu":
-            keep_freed_memory()
+            keep_freed_memory(policy)
         self.trained = trained_parameters(value)
         data, values = hashlib.sha256(json.dumps(prompts).encode()), hashlib.sha256()
         for weight in self.trained.values():

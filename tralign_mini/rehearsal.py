@@ -37,7 +37,7 @@ ADAM = 8  # bytes for each trained weight: two moments in float32
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # a code, a byte for 64 codes, a float for 256 bytes (arXiv 2305.14314)
 SAMPLED_AT_ONCE = 64  # sequences: the default of generate.sample
 # Measured on CPU. Framework: threads, workspaces of kernels, Trainer; 57 to 63 MiB. Holes: freed memory is
-# kept (models.keep_freed_memory), and what comes next often does not fit into it as it lies; so much of what
+# kept (heap.keep_freed_memory), and what comes next often does not fit into it as it lies; so much of what
 # a step takes and gives back (rows of benchmarks.memory_table). In full, Adam's moments fill part of it; with
 # qlora decoded weights come and go between all else
 FRAMEWORK, HOLES = 60 * 2**20, {"full": 0.55, "lora": 0.9, "qlora": 1.08}

@@ -21,9 +21,10 @@ from .batches import StepStream, collate_rows, group_of
 from .callbacks import Progress, StopCallback, TensorBoard, TrustRegionCallback
 from .changes import read_changes, region_at
 from .checkpoint import read_seal, restore_policy, save_policy, start_hash, weight_hash, write_seal
+from .heap import keep_freed_memory
 from .json_lines import append_row
 from .logprobs import CompletionScorer, completion_logps
-from .models import compute_dtype, keep_freed_memory, this_process
+from .models import compute_dtype, this_process
 from .objective import StepSums, micro_batch_loss
 from .recipe import Recipe
 from .reference_cache import cached_logps
@@ -73,7 +74,7 @@ class AlignmentTrainer(Trainer):
         self.add_callback(self.progress)
         self.row_limit = self._row_limit()
         if self.args.device.type == "cpu":  # not before: what the check frees would be kept, too
-            keep_freed_memory()
+            keep_freed_memory(policy, getattr(reference, "model", policy))
         never_moves = self.trust_region.updates(self.args.max_steps) == 0  # fixed, or tau beyond the end
         steered = control is not None or read_changes(self.directory)
         if cache is not None and reference is not None and never_moves and not steered:
