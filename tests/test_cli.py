@@ -192,7 +192,11 @@ def test_train_prints_the_plan_and_writes_the_run(place, monkeypatch, capsys, tm
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert [row["reference_updates"] for row in rows] == [0, 0, 1]
-    assert (tmp_path / "run" / "report.md").exists()
+    report = tmp_path / "run" / "report.md"
+    assert report.exists() and str(report) in out.splitlines()[-1]
+    result = out[out.rindex("Result"):]
+    tokens = re.search(r"tokens a completion \|  \| ([\d.]+)", report.read_text())[1]
+    assert re.search(rf"tokens a completion +{tokens}", result) and "Figures" not in result
 
 
 def test_evaluate_samples_again_with_the_asked_number_of_prompts(run, monkeypatch, capsys):

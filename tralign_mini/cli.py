@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.markup import escape
 from rich.table import Table
 
@@ -121,7 +122,10 @@ def _say_how_it_ended(command: str, directory: Path, stages: Iterable[str]) -> N
     if not reports[-1].exists():
         _say(f"stopped; go on with: tralign {command} {directory} resume=true")
         raise typer.Exit(130)
-    _say("\n".join(f"report: {report}" for report in reports))
+    for report in reports:
+        *_, result = report.read_text(encoding="utf-8").split("\n## Figures")[0].split("\n## ")
+        console.print(Markdown(f"## {result}"))
+        _say(f"report: {report}")
 
 
 @app.command()
