@@ -90,7 +90,7 @@ def report(shapes, modes, *, repeats: int, steps: int, threads: int, markdown: b
         "Modes: " + "; ".join(f"{mode}: {text}" for mode, text in MODES.items()) + ".", "",
         table(SPEED, speed, left=3, markdown=markdown), "",
         f"The floor is float32 products at {min(rates, default=0):.0f} to {max(rates, default=0):.0f} "
-        "GFLOP/s, the best rate in each process, right after its steps.", "",
+        "GFLOP/s, the rate of the best shape in each process, between its steps.", "",
         table(LIMITS, limits, left=2, markdown=markdown), *notes])
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ class Result:
     logps: tuple[float, float]
     moved: float | None = None  # mean absolute change of the head of a reference with weights of its own
     update_seconds: float | None = None  # of one update of the reference
-    rate: float | None = None  # of matrix products, operations a second, right after the steps
+    rate: float | None = None  # of matrix products, operations a second, between the steps
 
 
 def run_alone(job: Job, threads: int) -> Result:
@@ -78,30 +79,35 @@ def run_alone(job: Job, threads: int) -> Result:
         return Result(**json.loads(Path(files[1]).read_text()))
 
 
-def measure(job: Job) -> Result:
-    """The measurement in this process, on the GPU if there is one."""
+def measure(job: Job, rate=None) -> Result:
+    """The measurement in this process, on the GPU if there is one. rate: called between steps, not timed."""
     with tempfile.TemporaryDirectory() as folder:
-        return (_ours if job.side == "ours" else _trl)(job, Path(folder))
+        return (_ours if job.side == "ours" else _trl)(job, Path(folder), rate)
 
 
 class Clock(TrainerCallback):
     """Notes when each optimizer step ends, after the reference has moved, and the peak of memory by then."""
 
-    def __init__(self):
-        self.before, self.peak, self.ends = memory(), 0, []
+    def __init__(self, rate=None):
+        self.before, self.peak, self.rate = memory(), 0, rate
+        self.spans, self.rates, self.begin = [], [], time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         synchronize()
-        self.ends.append(time.perf_counter())
+        self.spans.append(time.perf_counter() - self.begin)
         self.peak = peak_memory() - self.before
+        if self.rate is not None:
+            self.rates.append(self.rate())
         control.should_save = False  # a checkpoint is not what is measured
+        self.begin = time.perf_counter()
 
-    def result(self, job: Job, lines: list[dict], *more) -> Result:
+    def result(self, job: Job, lines: list[dict], **more) -> Result:
         """With the mean time of the steps after the warm-up; lines: what was logged, one a step."""
-        seconds = (self.ends[-1] - self.ends[job.warmup - 1]) / (job.steps - job.warmup)
+        seconds = statistics.mean(self.spans[job.warmup :])
+        rate = statistics.mean(self.rates[job.warmup - 1 :]) if self.rates else None
         scores = "rewards" if job.method == "reward" else "logps"
         first = lines[0][f"{scores}/chosen"], lines[0][f"{scores}/rejected"]
-        return Result(seconds, self.peak, [line["loss"] for line in lines], first, *more)
+        return Result(seconds, self.peak, [line["loss"] for line in lines], first, rate=rate, **more)
 
 
 def synchronize() -> None:
@@ -149,13 +155,13 @@ def recipe_of(job: Job, folder: Path):
     )
 
 
-def _ours(job: Job, folder: Path) -> Result:
+def _ours(job: Job, folder: Path, rate) -> Result:
     from tralign_mini import AlignmentTrainer
     from tralign_mini.models import load_policy
     from tralign_mini.runs import load_reference
 
     recipe = recipe_of(job, folder)
-    tokenizer, clock = _tokenizer(job), Clock()
+    tokenizer, clock = _tokenizer(job), Clock(rate)
     policy = load_policy(recipe)
     reference = load_reference(policy, recipe)
     head = _head(reference) if reference and job.tuning == "full" else None
@@ -165,10 +171,11 @@ def _ours(job: Job, folder: Path) -> Result:
     trainer.train()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     moved = None if head is None else (_head(reference) - head).abs().mean().item()
-    return clock.result(job, lines, moved, _update_seconds(reference) if job.tau else None)
+    return clock.result(job, lines, moved=moved,
+                        update_seconds=_update_seconds(reference) if job.tau else None)
 
 
-def _trl(job: Job, folder: Path) -> Result:
+def _trl(job: Job, folder: Path, rate) -> Result:
     from datasets import Dataset
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
@@ -185,7 +192,7 @@ def _trl(job: Job, folder: Path) -> Result:
         report_to="none", disable_tqdm=True, **chosen,
     )
     rows = in_order_of_training(job.rows, job.steps, job.batch_size, job.seed)
-    tokenizer, clock = _tokenizer(job), Clock()
+    tokenizer, clock = _tokenizer(job), Clock(rate)
     adapter = None
     if job.tuning != "full":  # as in our recipes
         adapter = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear",
@@ -201,7 +208,7 @@ def _trl(job: Job, folder: Path) -> Result:
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
     moved = None if head is None else (reference.detach() - head).abs().mean().item()
-    return clock.result(job, lines, moved)
+    return clock.result(job, lines, moved=moved)
 
 
 def _trl_policy(job: Job):
@@ -247,12 +254,10 @@ def main() -> None:
     import tralign_mini.train  # noqa: F401
 
     job = Job(**json.loads(job_file.read_text()))
-    result = measure(job)
-    if job.side == "ours":
-        micro_batch = job.rows[: job.micro_batch_size or job.batch_size]
-        tokens = sum(len(ids) for row in micro_batch for ids in row.values())
-        rate = matmul_rate(AutoConfig.from_pretrained(job.model), tokens)
-        result = dataclasses.replace(result, rate=rate)
+    micro_batch = job.rows[: job.micro_batch_size or job.batch_size]
+    tokens = sum(len(ids) for row in micro_batch for ids in row.values())
+    rate = partial(matmul_rate, AutoConfig.from_pretrained(job.model), tokens)
+    result = measure(job, rate if job.side == "ours" else None)
     result_file.write_text(json.dumps(dataclasses.asdict(result)))
 
 

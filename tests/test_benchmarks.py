@@ -168,6 +168,24 @@ def test_the_rate_is_the_best_product(monkeypatch):
     assert matmul_rate(config, tokens=4, repeats=1) == 2 * 2048**3
 
 
+def test_the_rate_is_taken_between_the_steps_and_not_timed(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    rates = iter([7.0, 1.0, 3.0, 5.0])
+
+    def rate():
+        now[0] += 100
+        return next(rates)
+
+    clock = measure.Clock(rate)
+    for seconds in (50, 2, 4, 6):  # the first one is the warm-up
+        now[0] += seconds
+        clock.on_step_end(None, None, SimpleNamespace())
+    job = measure.Job("ours", "model", [], 1, steps=4)
+    result = clock.result(job, [{"loss": 0.7, "logps/chosen": -1.0, "logps/rejected": -2.0}])
+    assert result.seconds == 4 and result.rate == 4  # before, between and after the timed ones: 7, 1, 3, 5
+
+
 # ---------------------------------------------------------------- the tables
 
 
