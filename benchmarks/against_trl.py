@@ -4,7 +4,7 @@
     python -m benchmarks.against_trl --shapes tldr hh --modes full
     python -m benchmarks.against_trl --markdown         # the tables as benchmarks/README.md has them
 
-Each measurement is a fresh process of a few steps, the first of them not timed; both sides alternate, and a
+Each measurement is a fresh process of a few steps, the first ones not timed; both sides alternate, and a
 ratio is the median over pairs of neighbouring runs, with its range. Nothing else should be running.
 """
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from .measure import Result
 from .workload import Workload
 
-WARMUP, TAU = 1, 2  # steps that are not timed; steps between two updates of the reference
+WARMUP, TAU = 2, 2  # steps not timed: memory still grows in them; steps between two updates
 MODES = {
     "full": "all weights, float32",
     "bf16": "all weights, bfloat16 autocast",

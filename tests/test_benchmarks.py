@@ -226,7 +226,7 @@ def test_sides_take_turns_and_all_numbers_reach_the_table(monkeypatch):
     jobs = fake_measurements(monkeypatch, against_trl, "run_alone")
     text = against_trl.report(["little-tldr"], ["full"], repeats=2, steps=2, threads=1, markdown=False)
     assert [job.side for job in jobs] == ["ours", "trl", "trl-default", "trl", "ours"]
-    assert all((job.tau, job.steps, job.batch_size, job.tuning) == (2, 3, 64, "full") for job in jobs)
+    assert all((job.tau, job.steps, job.batch_size, job.tuning) == (2, 4, 64, "full") for job in jobs)
     rows = [line.split() for line in text.splitlines()]
     assert ["full", "TRL", "32"] in [row[1:4] for row in rows] and "2.00x (2.00-2.00)" in text
     assert [row for row in rows if row[-3:] == ["160.0", "1.00%", "0.25%"]]  # an update, at tau 16 and 64
