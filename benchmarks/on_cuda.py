@@ -4,7 +4,8 @@
     python -m benchmarks.on_cuda --sizes 12b --modes qlora
 
 In bfloat16: `qlora` on an NF4 base, `lora`, and `full` (autocast over float32 weights) where it fits. Before
-that, shared prompts are checked against whole sequences on this GPU. Without a GPU it says so and ends well.
+that, shared prompts are checked against whole sequences on this GPU, with SDPA and with FlexAttention, and
+each run of ours begins by trying which of them is faster. Without a GPU it says so and ends well.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from tralign_mini import flex
 
 from .measure import Job, measure
 from .sides import MODES, SPEED, TAU, WARMUP, Side, check, sides, speed_lines
@@ -47,6 +50,7 @@ def exactness(device: str, config=None, seed: int = 0) -> list[tuple[str, float,
     """
     from transformers import AutoModelForCausalLM
 
+    from tralign_mini.attention import set_flex
     from tralign_mini.data import collate
     from tralign_mini.logprobs import completion_logps, plain_completion_logps
     from tralign_mini.packing import pack
@@ -59,11 +63,14 @@ def exactness(device: str, config=None, seed: int = 0) -> list[tuple[str, float,
     groups = [(row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]]) for row in rows]
     sequences = [(prompt, answers[k]) for k in range(2) for prompt, answers in groups]
     shared = pack(groups, PAD, hidden_size=config.hidden_size, limit=512)
-    ways = {"whole": (plain_completion_logps, collate(sequences, PAD)), "shared": (completion_logps, shared)}
+    ways = {"whole": (plain_completion_logps, collate(sequences, PAD)), "SDPA": (completion_logps, shared)}
+    if device == "cuda":  # on a CPU it has no gradient
+        ways["FlexAttention"] = ways["SDPA"]
 
     def values(way: str, bf16: bool) -> tuple[torch.Tensor, torch.Tensor]:
         function, batch = ways[way]
         model.zero_grad()
+        set_flex([model], way == "FlexAttention")
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             logps = function(model, {name: tensor.to(device) for name, tensor in batch.items()})
         chosen, rejected = logps.chunk(2)
@@ -71,11 +78,15 @@ def exactness(device: str, config=None, seed: int = 0) -> list[tuple[str, float,
         return logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     exact, lines = values("whole", False), []
-    distances = {(way, bf16): [((a - b).norm() / b.norm()).item() for a, b in zip(values(way, bf16), exact)]
-                 for way, bf16 in (("shared", False), ("shared", True), ("whole", True))}
-    for i, (name, allowed) in enumerate((("log-probs", 1e-5), ("gradients", 1e-4))):
-        lines.append((f"{name}, float32", distances["shared", False][i], allowed))
-        lines.append((f"{name}, bfloat16", distances["shared", True][i], 1.5 * distances["whole", True][i]))
+
+    def distances(way: str, bf16: bool) -> list[float]:
+        return [((a - b).norm() / b.norm()).item() for a, b in zip(values(way, bf16), exact)]
+
+    rounding = distances("whole", True)
+    for way in list(ways)[1:]:
+        for bf16, limits in ((False, [1e-5, 1e-4]), (True, [1.5 * found for found in rounding])):
+            for what, found, allowed in zip(("log-probs", "gradients"), distances(way, bf16), limits):
+                lines.append((f"{what}, {'bfloat16' if bf16 else 'float32'}, {way}", found, allowed))
     return lines
 
 
@@ -127,7 +138,7 @@ def why_not(size: str, mode: str, folder: str) -> str:
 
 def report(sizes, modes, *, pairs: int, steps: int, minutes: float, markdown: bool) -> str:
     """Everything that was asked for, measured; the text to print."""
-    deadline, lines, notes = time.monotonic() + 60 * minutes, [], []
+    flex.LONG, deadline, lines, notes = 0, time.monotonic() + 60 * minutes, [], []  # short runs try it, too
     shape = dataclasses.replace(SHAPES["tldr"], pairs=pairs)
     for what, found, allowed in exactness("cuda"):
         notes.append(f"shared prompts, {what}: off by {found:.1e} (allowed: {allowed:.1e}).")

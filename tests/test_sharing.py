@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from contextlib import nullcontext
 
 import pytest
@@ -410,13 +409,3 @@ def test_the_check_is_without_dropout_and_leaves_it_as_it_was():
     with pytest.raises(NotExact):
         row_limit(model, LONG, 0)
     assert model.dropout.p == 0.2
-
-
-@torch.no_grad()  # on a CPU FlexAttention has no gradient
-@pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU FlexAttention is compiled, which takes g++")
-def test_flex_attention_gives_the_same_values():
-    groups, model = random_groups(4), build("GPTNeoX", attn_implementation="flex_attention")
-    found = completion_logps(model, lay_out(groups, 0, [[0, 3], [1, 2]]))
-    model.set_attn_implementation("sdpa")
-    expected = plain_completion_logps(model, collate(sequences_of(groups), 0))
-    torch.testing.assert_close(found, expected, **ROUNDING)

@@ -13,7 +13,9 @@ from itertools import pairwise
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 LEAST_WIDTH = 256  # hidden size; in smaller models the many small calls cost more than they save
@@ -25,6 +27,17 @@ def by_group(model) -> bool:
     config = model.config.get_text_config()
     attention, device = getattr(model.config, "_attn_implementation", None), next(model.parameters()).device
     return attention == "sdpa" and device.type == "cpu" and config.hidden_size >= LEAST_WIDTH
+
+
+def by_flex(model) -> bool:
+    """Whether packed rows of this model take FlexAttention, whatever it takes for whole sequences."""
+    return getattr(model, "flex_for_packed_rows", model.config._attn_implementation == "flex_attention")
+
+
+def set_flex(models, on: bool) -> None:
+    """Packed rows of these models (loaded with SDPA) take FlexAttention from now on, or SDPA again."""
+    for model in models:
+        model.flex_for_packed_rows = on
 
 
 def know_groups(mask: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
@@ -40,8 +53,11 @@ def know_groups(mask: torch.Tensor, spans: torch.Tensor) -> torch.Tensor:
 
 def attend(module, query, key, value, attention_mask, **options):
     """transformers' attention by SDPA, (rows, heads, L, size) -> (rows, L, heads, size), and in its place:
-    where a mask knows its groups, piece by piece. A model that loses the groups has the mask.
+    FlexAttention for a block mask; where a mask knows its groups, piece by piece. A model that loses the
+    groups has the mask.
     """
+    if isinstance(attention_mask, BlockMask):
+        return flex_attention_forward(module, query, key, value, attention_mask, **options)
     rows = getattr(attention_mask, "pieces", None)
     if rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)

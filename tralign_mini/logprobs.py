@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
 
-from .attention import by_group, know_groups
+from .attention import by_flex, by_group, know_groups
 
 LOGIT_BYTES = 2**27  # float32 logits held at once; with more, all parts but the last are computed twice
 SEQUENCES = ("input_ids", "attention_mask", "completion_mask")
@@ -100,8 +100,7 @@ def shared_prompt_mask(model, group: torch.Tensor, branch: torch.Tensor, spans: 
     nobody sees any.
     """
     rows, length = group.shape
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if attention == "flex_attention":
+    if by_flex(model):
         def sees(row, head, i, j):
             mine = (branch[row, j] == 0) | (branch[row, j] == branch[row, i])
             return (i >= j) & (group[row, i] == group[row, j]) & mine
@@ -111,7 +110,7 @@ def shared_prompt_mask(model, group: torch.Tensor, branch: torch.Tensor, spans: 
     same_group = group[:, :, None] == group[:, None, :]
     mine = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
     allowed = (causal & same_group & mine)[:, None]
-    if attention != "eager":
+    if model.config._attn_implementation != "eager":
         return know_groups(allowed, spans) if spans is not None and by_group(model) else allowed
     dtype = next(model.parameters()).dtype
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)

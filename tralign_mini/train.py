@@ -10,13 +10,15 @@ import json
 import math
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
+from . import flex
 from .adapters import eval_mode
-from .attention import by_group
+from .attention import by_group, set_flex
 from .batches import StepStream, collate_rows, group_of
 from .callbacks import Progress, StopCallback, TensorBoard, TrustRegionCallback
 from .changes import read_changes, region_at
@@ -72,7 +74,8 @@ class AlignmentTrainer(Trainer):
         self.tensorboard = TensorBoard(self.directory / "tensorboard") if recipe.tensorboard else None
         self.remove_callback(PrinterCallback)
         self.add_callback(self.progress)
-        self.row_limit = self._row_limit()
+        if recipe.method != "sft":
+            self._share_prompts()
         if self.args.device.type == "cpu":  # not before: what the check frees would be kept, too
             keep_freed_memory(policy, getattr(reference, "model", policy))
         never_moves = self.trust_region.updates(self.args.max_steps) == 0  # fixed, or tau beyond the end
@@ -92,19 +95,34 @@ class AlignmentTrainer(Trainer):
         return collate_rows(rows, self.recipe.method, self.processing_class.pad_token_id,
                             hidden_size=hidden_size, limit=self.row_limit, one_pass=self.one_pass)
 
-    def _row_limit(self) -> int:
-        """How long a packed row may be; 0, and a line that says why, if completions cannot share a prompt."""
-        if self.recipe.method == "sft":
-            return 0
-        groups = [group_of(row) for row in self.stream]
-        limit, scores = 0, REWARDS if self.recipe.method == "reward" else LOGPS
-        try:
-            with self.accelerator.autocast():
-                limit = row_limit(self.policy, groups, self.processing_class.pad_token_id, scores)
-        except NotExact as reason:
-            if self.is_world_process_zero():
-                print(f"no shared prompts, which is slower: {reason}", flush=True)
-        return int(self.accelerator.gather(torch.tensor([limit], device=self.args.device)).min())
+    def _share_prompts(self) -> None:
+        """The longest packed row, or 0 and a line that says why none may be; on a GPU, its attention."""
+        scores = REWARDS if self.recipe.method == "reward" else LOGPS
+        check = partial(row_limit, self.policy, [group_of(row) for row in self.stream],
+                        self.processing_class.pad_token_id, scores)
+        limit, line, world = 0, "", self.args.world_size
+        with self.accelerator.autocast():
+            try:
+                limit = check()
+            except NotExact as reason:
+                line = f"no shared prompts, which is slower: {reason}"
+            self.row_limit = self._least(limit)
+            by_sdpa = self.policy.config._attn_implementation == "sdpa"
+            if self.row_limit and by_sdpa and self.args.device.type in flex.DEVICES:
+                models = self.policy, getattr(self.reference, "model", self.policy)
+                micro = self.args.per_device_train_batch_size
+                batches = [self._prepare_inputs(self._collate([self.stream[i] for i in range(*part)]))
+                           for part in ((0, micro), (len(self.stream) - micro, len(self.stream)))]
+                batches = [batch.get("both", batch["sequences"]) for batch in batches]
+                times = len(self.stream) // (2 * micro * world)
+                faster, line = flex.prefer_flex(models, batches, scores[1], times, check)
+                set_flex(models, bool(self._least(faster)))
+        if line and self.is_world_process_zero():
+            print(line, flush=True)
+
+    def _least(self, number: int) -> int:
+        """The least of what the processes have."""
+        return int(self.accelerator.gather(torch.tensor([number], device=self.args.device)).min())
 
     def _cached_reference(self, directory) -> dict[int, list[float]]:
         """What a reference that never moves says of each row (kto: of each place in the stream)."""
