@@ -399,6 +399,21 @@ def test_a_lora_update_reports_its_errors_in_the_row_of_its_step(folder):
     )  # rank 8 holds the sum of four adapters of rank 2, but not of five
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-6])
+def test_gradients_are_clipped_by_their_norm_however_many_there_are(tmp_path, size):
+    """As many as Pythia's embedding has: one float32 sum of their squares is 0.2 % off."""
+    head, body = torch.nn.Linear(512, 50304, bias=False), torch.nn.Linear(4, 4)
+    head.weight.grad = size * torch.randn(50304, 512) * torch.rand(50304, 1) ** 4
+    body.bias.grad = torch.full((4,), size)  # its weight has none
+    norm = torch.cat([head.weight.grad.flatten(), body.bias.grad]).double().norm().item()
+    before = head.weight.grad.clone()
+    trainer = make_trainer(tmp_path, max_grad_norm=0.5)
+    assert trainer._clip_grad_norm(torch.nn.ModuleList([head, body])).item() == pytest.approx(norm, rel=1e-5)
+    scale = min(1, 0.5 / norm)
+    torch.testing.assert_close(head.weight.grad, before * scale)
+    torch.testing.assert_close(body.bias.grad, torch.full((4,), size * scale))
+
+
 def test_same_seed_same_metrics_other_seed_others(folder):
     settings = {"tuning": "lora", "lora_dropout": 0.1, "reference": "soft", "tau": 2}
     first, again, other = (

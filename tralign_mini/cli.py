@@ -150,6 +150,12 @@ def evaluate(
     With --judge: two runs, or one and its initial policy, on the samples that they have (--prompts or --seed:
     on new ones). A language model's answers are kept, so a killed command goes on where it was.
     """
+    llm = {"model": model, "endpoint": endpoint, "price": price, "settings": _json_object(settings)}
+    for name, value in (llm | {"rate": rate}).items():
+        if value and judge != "llm":
+            raise ValueError(f"--{name} is for --judge llm; the judge is {judge or 'not named'}.")
+    if judge and len(runs) > 2:
+        raise ValueError(f"--judge compares two runs, or one with its initial policy, not {len(runs)}.")
     from .comparison import compare as compare_runs
     from .comparison import names_of
     from .evaluate import evaluate as evaluate_run
@@ -158,12 +164,6 @@ def evaluate(
     from .judge import make_judge
     from .record import read
 
-    llm = {"model": model, "endpoint": endpoint, "price": price, "settings": _json_object(settings)}
-    for name, value in (llm | {"rate": rate}).items():
-        if value and judge != "llm":
-            raise ValueError(f"--{name} is for --judge llm; the judge is {judge or 'not named'}.")
-    if judge and len(runs) > 2:
-        raise ValueError(f"--judge compares two runs, or one with its initial policy, not {len(runs)}.")
     if export:
         check_format(export)
     if judge:  # made before anything is sampled: what it lacks is said at once
