@@ -31,7 +31,8 @@ def by_group(model) -> bool:
 
 def by_flex(model) -> bool:
     """Whether packed rows of this model take FlexAttention, whatever it takes for whole sequences."""
-    return getattr(model, "flex_for_packed_rows", model.config._attn_implementation == "flex_attention")
+    loaded_with = model.config._attn_implementation
+    return loaded_with == "flex_attention" or getattr(model, "flex_for_packed_rows", False)
 
 
 def set_flex(models, on: bool) -> None:

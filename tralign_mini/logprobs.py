@@ -105,7 +105,9 @@ def shared_prompt_mask(model, group: torch.Tensor, branch: torch.Tensor, spans: 
             mine = (branch[row, j] == 0) | (branch[row, j] == branch[row, i])
             return (i >= j) & (group[row, i] == group[row, j]) & mine
 
-        return create_block_mask(sees, rows, None, length, length, device=group.device)
+        mask = create_block_mask(sees, rows, None, length, length, device=group.device)
+        mask.ndim = 4  # which GPT-2 asks for
+        return mask
     causal = torch.ones(length, length, dtype=torch.bool, device=group.device).tril()
     same_group = group[:, :, None] == group[:, None, :]
     mine = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])

@@ -92,7 +92,7 @@ def _check(model, longest: Group, groups, pad_token_id: int, limit: int, score, 
 
     sequences = [(prompt, completions[k]) for k in range(len(longest[1])) for prompt, completions in several]
     packed = lay_out(several, pad_token_id, [[0], list(range(1, len(several)))])
-    with _without_dropout(model):
+    with without_dropout(model):
         try:
             shared = score(model, on_device(packed))
         except Exception as error:  # whatever it is: whole sequences are what the model was made for
@@ -111,7 +111,7 @@ def _check(model, longest: Group, groups, pad_token_id: int, limit: int, score, 
 
 
 @contextmanager
-def _without_dropout(model: nn.Module):
+def without_dropout(model: nn.Module):
     """Train mode with nothing random in it."""
     dropouts = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
     for module, _ in dropouts:

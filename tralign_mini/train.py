@@ -10,7 +10,6 @@ import json
 import math
 import shutil
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,13 +18,13 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from . import flex
 from .adapters import eval_mode
-from .attention import by_group, set_flex
+from .attention import by_flex, by_group, set_flex
 from .batches import StepStream, collate_rows, group_of
 from .callbacks import Progress, StopCallback, TensorBoard, TrustRegionCallback
 from .changes import read_changes, region_at
 from .checkpoint import read_seal, restore_policy, save_policy, start_hash, weight_hash, write_seal
 from .heap import keep_freed_memory
-from .json_lines import append_row
+from .json_lines import append_row, read_rows, write_rows
 from .logprobs import CompletionScorer, completion_logps
 from .models import compute_dtype, this_process
 from .objective import StepSums, micro_batch_loss
@@ -99,26 +98,52 @@ class AlignmentTrainer(Trainer):
     def _share_prompts(self) -> None:
         """The longest packed row, or 0 and a line that says why none may be; on a GPU, its attention."""
         scores = REWARDS if self.recipe.method == "reward" else LOGPS
-        check = partial(row_limit, self.policy, [group_of(row) for row in self.stream],
-                        self.processing_class.pad_token_id, scores)
-        limit, line, world = 0, "", self.args.world_size
-        with self.accelerator.autocast():
-            try:
-                limit = check()
-            except NotExact as reason:
-                line = f"no shared prompts, which is slower: {reason}"
-            self.row_limit = self._least(limit)
-            by_sdpa = self.policy.config._attn_implementation == "sdpa"
-            if self.row_limit and by_sdpa and self.args.device.type in flex.DEVICES:
-                models = self.policy, getattr(self.reference, "model", self.policy)
-                micro = self.args.per_device_train_batch_size
-                batches = [self._prepare_inputs(self._collate([self.stream[i] for i in range(*part)]))
-                           for part in ((0, micro), (len(self.stream) - micro, len(self.stream)))]
-                batches = [batch.get("both", batch["sequences"]) for batch in batches]
-                times = len(self.stream) // (2 * micro * world)
-                faster, line = flex.prefer_flex(models, batches, scores[1], times, check)
-                set_flex(models, bool(self._least(faster)))
-        if line and self.is_world_process_zero():
+        models = self.policy, getattr(self.reference, "model", self.policy)
+        set_flex(models, False)  # an earlier trainer's choice
+        groups, pad = [group_of(row) for row in self.stream], self.processing_class.pad_token_id
+
+        def check() -> int:
+            with self.accelerator.autocast():
+                return row_limit(self.policy, groups, pad, scores)
+
+        limit = 0
+        try:
+            limit = check()
+        except NotExact as reason:
+            self._say(f"no shared prompts, which is slower: {reason}")
+        self.row_limit = self._least(limit)
+        by_sdpa = self.policy.config._attn_implementation == "sdpa"
+        packed = self.row_limit and (self.recipe.method != "kto" or self.one_pass)  # also by the policy
+        if packed and by_sdpa and self.args.device.type in flex.DEVICES:
+            self._choose_attention(models, scores[1], check)
+
+    def _choose_attention(self, models, score, check) -> None:
+        """SDPA or FlexAttention, found out by trying, and kept: a resumed run takes the same."""
+        file = self.directory / "attention.json"
+        if known := read_rows(file):
+            return set_flex(models, known[0]["flex"])
+        micro, rows = self.args.per_device_train_batch_size, len(self.stream)
+        batches = [self._prepare_inputs(self._collate([self.stream[i] for i in range(first, first + micro)]))
+                   for first in (0, rows - micro)]  # the shortest rows of a step and the longest of another
+
+        def score_as_in_training(model, batch):
+            with self.accelerator.autocast():
+                return score(model, batch)
+
+        times = rows // (len(batches) * micro * self.args.world_size)
+        faster, line = flex.prefer_flex(models, [batch["sequences"] for batch in batches],
+                                        score_as_in_training, times, check)
+        agreed = bool(self._least(faster))
+        set_flex(models, agreed)
+        if faster and not agreed:
+            line = "packed rows with SDPA: not every process found FlexAttention faster"
+        if line:
+            self._say(line)
+        if self.is_world_process_zero():
+            write_rows(file, [{"flex": agreed, "why": line}])
+
+    def _say(self, line: str) -> None:
+        if self.is_world_process_zero():
             print(line, flush=True)
 
     def _least(self, number: int) -> int:
@@ -139,7 +164,8 @@ class AlignmentTrainer(Trainer):
         config.pop("_name_or_path", None)
         conditions = {"start": self.start["model"], "config": config, "average": self.average,
                       "dtype": str(compute_dtype(self.recipe)), "shared": self.row_limit > 0,
-                      "device": self.args.device.type, "torch": torch.__version__}
+                      "flex": by_flex(self.policy), "device": self.args.device.type,
+                      "torch": torch.__version__}
 
         def compute(rows: list[dict]) -> torch.Tensor:
             batch = self._prepare_inputs(self._collate(rows))
