@@ -80,9 +80,12 @@ def run_alone(job: Job, threads: int) -> Result:
 
 
 def measure(job: Job, rate=None) -> Result:
-    """The measurement in this process, on the GPU if there is one. rate: called between steps, not timed."""
+    """The measurement in this process, on the GPU if there is one.
+
+    rate: called between the steps of our side, not timed.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        return (_ours if job.side == "ours" else _trl)(job, Path(folder), rate)
+        return _ours(job, Path(folder), rate) if job.side == "ours" else _trl(job, Path(folder))
 
 
 class Clock(TrainerCallback):
@@ -175,7 +178,7 @@ def _ours(job: Job, folder: Path, rate) -> Result:
                         update_seconds=_update_seconds(reference) if job.tau else None)
 
 
-def _trl(job: Job, folder: Path, rate) -> Result:
+def _trl(job: Job, folder: Path) -> Result:
     from datasets import Dataset
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
@@ -192,7 +195,7 @@ def _trl(job: Job, folder: Path, rate) -> Result:
         report_to="none", disable_tqdm=True, **chosen,
     )
     rows = in_order_of_training(job.rows, job.steps, job.batch_size, job.seed)
-    tokenizer, clock = _tokenizer(job), Clock(rate)
+    tokenizer, clock = _tokenizer(job), Clock()
     adapter = None
     if job.tuning != "full":  # as in our recipes
         adapter = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear",
@@ -257,7 +260,7 @@ def main() -> None:
     micro_batch = job.rows[: job.micro_batch_size or job.batch_size]
     tokens = sum(len(ids) for row in micro_batch for ids in row.values())
     rate = partial(matmul_rate, AutoConfig.from_pretrained(job.model), tokens)
-    result = measure(job, rate if job.side == "ours" else None)
+    result = measure(job, rate)
     result_file.write_text(json.dumps(dataclasses.asdict(result)))
 
 
